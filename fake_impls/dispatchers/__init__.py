@@ -1,0 +1,1 @@
+"""Shapes of dispatch and combine, one file a kind."""

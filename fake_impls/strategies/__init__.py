@@ -1,0 +1,1 @@
+"""Shapes of prepare and finalize, one file a strategy."""

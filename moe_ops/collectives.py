@@ -1,0 +1,146 @@
+"""Rows of tensors: chunks of them, and the collectives that move them.
+
+Tensors that travel together share one byte buffer and one collective: row `i` of the buffer holds row `i` of every tensor,
+side by side. Packing is a copy, so dtypes and alignments mix freely; byte payloads also suit transports that know no fp8.
+
+T rows, R rows of a rank, B bytes of a packed row, W ranks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from fake_impls import collectives as shapes
+from fake_impls.layout import offsets
+from moe_ops._library import define
+
+c10d = torch.ops._c10d_functional
+
+
+def chunk_rows(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fill: int = 0) -> torch.Tensor:
+    """``[T, ...] -> [padded_rows / num_chunks, ...]``: chunk `rank` of the rows, padded with `fill`. A copy."""
+    x = pad_rows(x, padded_rows, fill)
+    rows = padded_rows // num_chunks
+    if type(x) is torch.Tensor:
+        return torch.narrow_copy(x, 0, rank * rows, rows)
+    return x.unflatten(0, (num_chunks, rows)).select(0, rank).clone()  # has no bounds that a compiler has to prove
+
+
+def pad_rows(x: torch.Tensor, rows: int, fill: int = 0) -> torch.Tensor:
+    """``[T, ...] -> [rows, ...]``. `x` itself where it is known to have as many."""
+    missing = rows - x.shape[0]
+    if not isinstance(missing, torch.SymInt) and missing == 0:
+        return x
+    shape = (missing, *x.shape[1:])
+    return torch.cat((x, x.new_full(shape, fill) if fill else x.new_zeros(shape)))
+
+
+def copy_rows(x: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """A copy of ``x[start : start + length]``."""
+    if type(x) is torch.Tensor:
+        return torch.narrow_copy(x, 0, start, length)
+    return x.narrow(0, start, length).clone()  # narrow_copy has no form for symbolic sizes
+
+
+def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """``[R, ...] -> [size * R, ...]`` in rank order."""
+    gathered: torch.Tensor = c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), size, group))
+    return gathered
+
+
+def reduce_scatter(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """``[size * R, ...] -> [R, ...]``: this rank's block, summed over the ranks."""
+    summed: torch.Tensor = c10d.wait_tensor(c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+    return summed
+
+
+def all_to_all(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """``[size * R, ...] -> [size * R, ...]``: block `i` goes to rank `i`; block `j` of the result came from rank `j`."""
+    splits = [x.shape[0] // size] * size
+    exchanged: torch.Tensor = c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, group))
+    return exchanged
+
+
+def _all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    reduced: torch.Tensor = c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group))
+    return reduced
+
+
+def _pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:
+    packed_RB = shapes.pack_rows(tensors, rows, fill)
+    num_rows = tensors[0].shape[0]
+    torch.cat([_as_bytes(tensor) for tensor in tensors], dim=1, out=packed_RB.narrow(0, 0, num_rows))
+    if num_rows < rows:
+        start = 0
+        for tensor, value in zip(tensors, fill, strict=True):  # all bytes 0xFF: -1 in every integer dtype
+            width = shapes.row_bytes(tensor)
+            packed_RB[num_rows:, start : start + width] = value & 0xFF
+            start += width
+    return packed_RB
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """``[T, ...] -> uint8 [T, B]``, a view where the strides allow it."""
+    x_TN = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    if x_TN.stride(1) != 1:  # also a single column of a wider tensor, which counts as contiguous
+        x_TN = torch.empty_like(x_TN, memory_format=torch.contiguous_format).copy_(x_TN)
+    return x_TN.view(torch.uint8)
+
+
+def _unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    shapes.unpack_rows(packed, like)
+    rows, start = [], 0
+    for tensor in like:
+        width = shapes.row_bytes(tensor)
+        column_RB = torch.narrow_copy(packed, 1, start, width)
+        rows.append(column_RB.view(tensor.dtype).view(packed.shape[0], *tensor.shape[1:]))
+        start += width
+    return rows
+
+
+def _compact_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    shapes.compact_rows(x, counts)
+    block = max(counts)
+    return torch.cat([x[rank * block : rank * block + count] for rank, count in enumerate(counts)])
+
+
+def _expand_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    shapes.expand_rows(x, counts)
+    return pad_sequence(
+        [x[start : start + count] for start, count in zip(offsets(counts), counts, strict=True)], batch_first=True
+    ).flatten(0, 1)
+
+
+pack_rows = define(
+    "pack_rows(Tensor[] tensors, SymInt rows, int[] fill) -> Tensor", kernel=_pack_rows, fake=shapes.pack_rows
+)
+unpack_rows = define(
+    "unpack_rows(Tensor packed, Tensor[] like) -> Tensor[]", kernel=_unpack_rows, fake=shapes.unpack_rows
+)
+compact_rows = define(
+    "compact_rows(Tensor x, SymInt[] counts) -> Tensor", kernel=_compact_rows, fake=shapes.compact_rows
+)
+expand_rows = define("expand_rows(Tensor x, SymInt[] counts) -> Tensor", kernel=_expand_rows, fake=shapes.expand_rows)
+all_reduce = define("all_reduce(Tensor x, str group, int size) -> Tensor", composite=_all_reduce)
+
+
+def gather_rows(
+    tensors: Sequence[torch.Tensor],
+    *,
+    rows: int,
+    fill: Sequence[int],
+    size: int,
+    group: str,
+    counts: Sequence[int] | None = None,
+) -> list[torch.Tensor]:
+    """Gather the rows of several tensors in one collective.
+
+    Each ``[T, ...]`` is padded to `rows` rows with its `fill` (0 or -1) and gathered to ``[size * rows, ...]``; with
+    `counts`, only the first ``counts[r]`` rows of rank `r` are kept. One all-gather over `group`; no host sync.
+    """
+    gathered_RB = all_gather(pack_rows(tensors, rows, fill), size, group)
+    if counts is not None:
+        gathered_RB = compact_rows(gathered_RB, counts)
+    unpacked: list[torch.Tensor] = unpack_rows(gathered_RB, tensors)
+    return unpacked

@@ -1,0 +1,152 @@
+"""One rank of the demo: run every form of every family, compiled, and measure each call."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import linear
+
+import moe_ops as mo
+from moe_ops.demo.cases import DP, EP, FORMS, TP, Case, Family, Form
+from moe_ops.traffic import count_traffic
+
+TIMED_CALLS = 5
+TIMEOUT = timedelta(seconds=180)
+"""A rank waits no longer for another; compiling may hold one up."""
+
+
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",  # the ranks talk over the loopback interface alone
+    "KINETO_LOG_LEVEL": "6",  # the profiler prints no notices
+}
+
+
+class Measurement(NamedTuple):
+    """What one rank found in one case.
+
+    Attributes:
+        family: its name.
+        form: the form that ran.
+        case: index of the case among the form's.
+        error: largest difference from the expected result, as a share of the largest value expected.
+        graphs: compilations of this form so far.
+        collectives: of one call.
+        bytes_sent: of one call, as counted at this rank's sockets.
+        seconds: of one call, median.
+    """
+
+    family: str
+    form: Form
+    case: int
+    error: float
+    graphs: int
+    collectives: int
+    bytes_sent: int
+    seconds: float
+
+
+class Sink(Protocol):
+    """The sending end of a queue."""
+
+    def put(self, measurement: Measurement, /) -> None:
+        """Send it."""
+
+
+class Inputs(NamedTuple):
+    """What the compiled function is given; lengths travel as the rows of tensors, so that none is compiled in."""
+
+    hidden_states: torch.Tensor
+    mc2_mask: torch.Tensor
+    longest: torch.Tensor
+    counts: list[torch.Tensor]
+
+
+Layer = Callable[[Inputs], torch.Tensor]
+
+
+def run_rank(rank: int, families: list[Family], backend: str, store: str, sink: Sink) -> None:
+    """The whole work of a process."""
+    os.environ.update(ENVIRONMENT)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=EP, timeout=TIMEOUT)
+    mesh = init_device_mesh("cpu", (DP, TP), mesh_dim_names=("dp", "tp"))
+    groups = mo.ParallelGroups.from_device_mesh(mesh)
+    for family in families:
+        for form in FORMS:
+            _run_form(family, form, groups, backend, sink)
+    dist.barrier()  # no rank leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def _run_form(family: Family, form: Form, groups: mo.ParallelGroups, backend: str, sink: Sink) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    layer = torch.compile(_make_layer(family, form, groups), backend=counter, fullgraph=True)
+    for index, case in enumerate(family.cases(form)):
+        inputs = _make_inputs(case, groups)
+        error = relative_error(layer(inputs), case.expected[groups.ep.rank], case.tokens[groups.ep.rank].dtype)
+        seconds = statistics.median(_time(layer, inputs) for _ in range(TIMED_CALLS))
+        dist.barrier()
+        traffic = count_traffic(partial(layer, inputs))
+        graphs = int(counter.frame_count)
+        sink.put(Measurement(family.name, form, index, error, graphs, *traffic, seconds))
+
+
+def _make_layer(family: Family, form: Form, groups: mo.ParallelGroups) -> Layer:
+    """The MoE block of this rank, router included, as a user would write it."""
+    size = family.routing.num_experts // groups.ep.size
+    mine = slice(groups.ep.rank * size, (groups.ep.rank + 1) * size)
+    experts = mo.ExpertWeights(family.experts.w13[mine].clone(), family.experts.w2[mine].clone())
+
+    def layer(inputs: Inputs) -> torch.Tensor:
+        return mo.moe_stage(
+            inputs.hidden_states,
+            linear(inputs.hidden_states, family.gate),
+            experts,
+            routing=family.routing,
+            strategy=form.strategy,
+            groups=groups,
+            reduce_results=True,
+            mc2_mask=inputs.mc2_mask,
+            max_tokens_across_dp=inputs.longest.shape[0],
+            num_tokens_across_ep=[count.shape[0] for count in inputs.counts] if form.is_sharded else None,
+            tokens_are_sharded=form.is_sharded,
+        )
+
+    return layer
+
+
+def _make_inputs(case: Case, groups: mo.ParallelGroups) -> Inputs:
+    """What this rank gives to the layer; a serving engine knows the counts of the other ranks just so."""
+    tokens = case.tokens[groups.ep.rank]
+    longest = max(case.counts)
+    padded = -(-longest // groups.tp.size) * groups.tp.size
+    mask = torch.arange(padded) < len(tokens)
+    mo.mark_token_axes(tokens, mask)
+    return Inputs(tokens, mask, mo.token_count(longest), [mo.token_count(count) for count in case.counts])
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest difference as a share of the largest value expected; infinite for NaN, another shape or dtype."""
+    if result.shape != expected.shape or result.dtype != dtype:
+        return math.inf
+    if not len(expected):
+        return 0.0
+    error = float((result.double() - expected).abs().max() / expected.abs().max())
+    return math.inf if math.isnan(error) else error
+
+
+def _time(layer: Layer, inputs: Inputs) -> float:
+    dist.barrier()  # not to count the wait for a rank that comes late
+    start = time.perf_counter()
+    layer(inputs)
+    return time.perf_counter() - start

@@ -1,0 +1,206 @@
+"""Quantisation of activations, so that fewer bytes travel: int8 with a scale per token, and the MX formats.
+
+The MX formats follow the OCP Microscaling Formats (MX) Specification v1.0 (sections 5.2, 5.3 and 6.3): 32 elements of a row
+share one power of two, ``2 ** (floor(log2(amax)) - emax)`` with emax of the element format's largest exponent; elements are
+rounded to nearest, ties to even, and what is beyond the largest element is clamped to it. Where the specification leaves a
+choice, and for int8, this is ours:
+
+- *Ragged last block*: where 32 does not divide H the last block has fewer elements. Nothing is padded.
+- *Zeros*: a row (int8) or block (MX) of zeros has the smallest scale, 0 or ``2 ** -127``, and dequantises to zeros.
+- *Infinities and NaN*: the scale of a row or block that holds one is NaN (byte 0xFF in MX), its elements are 0, and all of it
+  dequantises to NaN. int8 and e2m1 have no code for either, and to saturate one in silence would be worse.
+
+T tokens, H hidden, B = ceil(H / 32) blocks.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from fake_impls import quantize as shapes
+from fake_impls.checks import check_choice, check_dtype
+from fake_impls.quantize import BLOCK
+from moe_ops._library import define
+from moe_ops.types import Quant
+
+INT8_MAX = 127
+E4M3_MAX, E4M3_EMAX = 448.0, 8
+E2M1_MAX, E2M1_EMAX = 6.0, 2
+E8M0_BIAS, E8M0_NAN = 127, 255
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MANTISSA_BITS = 23  # of float32
+
+
+def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    quantized_TH, scale_T = shapes.quantize_int8(x)
+    x_TH = x.to(torch.float32)
+    amax_T = x_TH.abs().amax(dim=1) if x.shape[1] else x_TH.new_zeros(x.shape[0])
+    scale_T.copy_(torch.where(amax_T.isfinite(), amax_T / INT8_MAX, torch.nan))
+    scale_T1 = scale_T.unsqueeze(1)
+    elements_TH = (x_TH / scale_T1).round().clamp(-INT8_MAX, INT8_MAX)
+    quantized_TH.copy_(torch.where(scale_T1 > 0, elements_TH, 0.0))  # else the scale is 0, or NaN
+    return quantized_TH, scale_T
+
+
+def _dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    values_TH = shapes.dequantize_int8(quantized, scale, dtype)
+    return values_TH.copy_(quantized.to(torch.float32) * scale.unsqueeze(1))
+
+
+def _scale_blocks(x: torch.Tensor, emax: int, scale_TB: torch.Tensor) -> torch.Tensor:
+    """Fill in the e8m0 scales; ``x / scale`` in float32 ``[T, H]``, zero where the scale is NaN."""
+    num_tokens, hidden_size = x.shape
+    blocks = scale_TB.shape[1]
+    x_TBK = F.pad(x.to(torch.float32), (0, blocks * BLOCK - hidden_size)).view(num_tokens, blocks, BLOCK)
+    # The exponent bits of a float32 are floor(log2) + 127, the bias of e8m0, and 255 for infinity and NaN alike.
+    biased_TB = x_TBK.abs().amax(dim=2).view(torch.int32) >> MANTISSA_BITS
+    is_nan_TB = biased_TB == E8M0_NAN
+    code_TB = torch.where(is_nan_TB, E8M0_NAN, (biased_TB - emax).clamp(min=0))
+    scale_TB.view(torch.uint8).copy_(code_TB)
+    # 2 ** (127 - code), exactly: the bits of a float32 whose exponent is 254 - code.
+    inverse_TB = ((2 * E8M0_BIAS - code_TB).clamp(min=0) << MANTISSA_BITS).view(torch.float32)
+    scaled_TBK = torch.where(is_nan_TB.unsqueeze(2), 0.0, x_TBK * inverse_TB.unsqueeze(2))
+    return scaled_TBK.view(num_tokens, blocks * BLOCK)[:, :hidden_size]
+
+
+def _times_scales(elements_TH: torch.Tensor, scale_TB: torch.Tensor) -> torch.Tensor:
+    scale_TH = scale_TB.view(torch.float8_e8m0fnu).to(torch.float32).repeat_interleave(BLOCK, dim=1)
+    return elements_TH * scale_TH[:, : elements_TH.shape[1]]
+
+
+def _quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    quantized_TH, scale_TB = shapes.quantize_mxfp8(x)
+    scaled_TH = _scale_blocks(x, E4M3_EMAX, scale_TB)
+    quantized_TH.copy_(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX))  # the conversion rounds to nearest even
+    return quantized_TH, scale_TB
+
+
+def _dequantize_mxfp8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    values_TH = shapes.dequantize_mxfp8(quantized, scale, dtype)
+    return values_TH.copy_(_times_scales(quantized.view(torch.float8_e4m3fn).to(torch.float32), scale))
+
+
+def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs_TP, scale_TB = shapes.quantize_mxfp4(x)
+    scaled_TH = _scale_blocks(x, E2M1_EMAX, scale_TB)
+    magnitude_TH = scaled_TH.abs().clamp(max=E2M1_MAX)
+    # Codes 0 to 7 are E2M1_VALUES, in steps of 0.5 below 2, 1 below 4 and 2 from there; round() takes ties to even codes.
+    coarse_TH = torch.where(magnitude_TH < 4, magnitude_TH.round() + 2, (magnitude_TH / 2).round() + 4)
+    code_TH = torch.where(magnitude_TH < 2, (magnitude_TH * 2).round(), coarse_TH).to(torch.uint8)
+    code_TH = code_TH | (scaled_TH.signbit().to(torch.uint8) << 3)
+    low_TP, high_TP = F.pad(code_TH, (0, x.shape[1] % 2)).unflatten(1, (pairs_TP.shape[1], 2)).unbind(2)
+    pairs_TP.view(torch.uint8).copy_(low_TP | (high_TP << 4))
+    return pairs_TP, scale_TB
+
+
+def _dequantize_mxfp4(
+    quantized: torch.Tensor, scale: torch.Tensor, hidden_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    values_TH = shapes.dequantize_mxfp4(quantized, scale, hidden_size, dtype)
+    code_TH = torch.stack((quantized & 0xF, quantized >> 4), dim=2).flatten(1)[:, :hidden_size]
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=quantized.device)
+    return values_TH.copy_(_times_scales(values[code_TH.to(torch.int32)], scale))
+
+
+quantize_int8 = define("quantize_int8(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_int8, fake=shapes.quantize_int8)
+dequantize_int8 = define(
+    "dequantize_int8(Tensor quantized, Tensor scale, ScalarType dtype) -> Tensor",
+    kernel=_dequantize_int8,
+    fake=shapes.dequantize_int8,
+)
+quantize_mxfp8 = define(
+    "quantize_mxfp8(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_mxfp8, fake=shapes.quantize_mxfp8
+)
+dequantize_mxfp8 = define(
+    "dequantize_mxfp8(Tensor quantized, Tensor scale, ScalarType dtype) -> Tensor",
+    kernel=_dequantize_mxfp8,
+    fake=shapes.dequantize_mxfp8,
+)
+quantize_mxfp4 = define(
+    "quantize_mxfp4(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_mxfp4, fake=shapes.quantize_mxfp4
+)
+dequantize_mxfp4 = define(
+    "dequantize_mxfp4(Tensor quantized, Tensor scale, int hidden_size, ScalarType dtype) -> Tensor",
+    kernel=_dequantize_mxfp4,
+    fake=shapes.dequantize_mxfp4,
+)
+
+_QUANTIZE: dict[Quant, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    Quant.W8A8: quantize_int8,
+    Quant.W4A8: quantize_int8,
+    Quant.MXFP8: quantize_mxfp8,
+    Quant.MXFP4: quantize_mxfp4,
+}
+
+
+def quantize_activations(hidden_states: torch.Tensor, *, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row by itself: no row changes another, and no tokens give no rows.
+
+    | quant | elements | scale | bytes a row |
+    |---|---|---|---|
+    | W8A8, W4A8 | int8 ``[T, H]`` | float32 ``[T]``: amax / 127 | H + 4 |
+    | MXFP8 | float8_e4m3fn ``[T, H]`` | float8_e8m0fnu ``[T, ceil(H / 32)]`` | H + H / 32 |
+    | MXFP4 | float4_e2m1fn_x2 ``[T, ceil(H / 2)]``, the first of two in the low bits | likewise | H / 2 + H / 32 |
+
+    Args:
+        hidden_states: ``[T, H]`` float32, bfloat16 or float16; the arithmetic is float32.
+        quant: the format; not ``Quant.NONE``.
+
+    Raises:
+        ValueError: `hidden_states` is not 2-D, or `quant` is ``Quant.NONE``.
+        TypeError: its dtype is another.
+
+    Source: OCP Microscaling Formats (MX) Specification v1.0; the module's docstring says how blocks that hold zeros, infinities
+    or NaN are quantised.
+    """
+    quantized, scale = _QUANTIZE[_format("quantize_activations", quant)](hidden_states)
+    return quantized, scale
+
+
+def dequantize_activations(
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    quant: Quant,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int | None = None,
+) -> torch.Tensor:
+    """The values that `quantize_activations` has made of each row, ``[T, H]`` of `dtype`.
+
+    Args:
+        quantized: the elements.
+        scale: their scales.
+        quant: their format; not ``Quant.NONE``.
+        dtype: float32, bfloat16 or float16.
+        hidden_size: H. MXFP4 needs it where H is odd; the other formats hold it in their shape.
+
+    Raises:
+        ValueError: shapes do not fit each other, or `quant` is ``Quant.NONE``.
+        TypeError: a dtype is not that of the format.
+    """
+    _format("dequantize_activations", quant)
+    values: torch.Tensor
+    if quant in (Quant.W8A8, Quant.W4A8):
+        values = dequantize_int8(quantized, scale, dtype)
+    else:
+        element_dtype = torch.float8_e4m3fn if quant is Quant.MXFP8 else torch.float4_e2m1fn_x2
+        check_dtype("dequantize_activations", "quantized", quantized, (element_dtype,))
+        check_dtype("dequantize_activations", "scale", scale, (torch.float8_e8m0fnu,))
+        # The ops take bytes: torch's checks of an op cannot compare arguments of these dtypes.
+        as_bytes = quantized.view(torch.uint8), scale.view(torch.uint8)
+        if quant is Quant.MXFP4:
+            width = 2 * quantized.shape[-1] if hidden_size is None else hidden_size
+            values = dequantize_mxfp4(*as_bytes, width, dtype)
+        else:
+            values = dequantize_mxfp8(*as_bytes, dtype)
+    if hidden_size is not None and hidden_size != values.shape[1]:
+        raise ValueError(f"dequantize_activations: hidden_size must be {values.shape[1]}, got {hidden_size}")
+    return values
+
+
+def _format(op: str, quant: Quant) -> Quant:
+    check_choice(op, "quant", quant, Quant)
+    if quant is Quant.NONE:
+        raise ValueError(f"{op}: quant must name a format, got {quant}")
+    return quant

@@ -1,0 +1,236 @@
+"""AllGather: every rank sees all tokens, computes its own experts' share of each, and the shares are summed.
+
+The DP form gathers over DP and then, around that, over PCP; finalize reduces in reverse. The EP form, for tokens that are a
+sequence-parallel shard, gathers once over EP, which spans DP, PCP and TP.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from fake_impls.checks import check_equal
+from fake_impls.layout import largest
+from fake_impls.strategies import allgather as shapes
+from fake_impls.strategies.all2all import check_tokens
+from moe_ops._library import define
+from moe_ops.collectives import all_reduce, copy_rows, expand_rows, gather_rows, reduce_scatter
+from moe_ops.groups import ParallelGroups, check_group
+from moe_ops.quantize import quantize_activations
+from moe_ops.types import DataParallelState, ExpertParallelState, PrepareOutput, Quant, State, UnchangedState
+
+
+def _gather_dp(
+    tensors: Sequence[torch.Tensor],
+    fill: Sequence[int],
+    max_tokens_across_dp: int,
+    max_tokens_across_pcp: int,
+    dp_group: str,
+    dp_size: int,
+    pcp_group: str,
+    pcp_size: int,
+) -> tuple[list[torch.Tensor], int, int, int, int]:
+    num_tokens = tensors[0].shape[0]
+    padded, before_pcp, padded_before_pcp = shapes.dp_rows(
+        num_tokens, max_tokens_across_dp, max_tokens_across_pcp, dp_size, pcp_size
+    )
+    if dp_size == 1 and pcp_size == 1:
+        tensors = [tensor.clone() for tensor in tensors]
+    if dp_size > 1:
+        check_group("prepare", "dp", dp_group, dp_size)
+        tensors = gather_rows(tensors, rows=padded, fill=fill, size=dp_size, group=dp_group)
+    if pcp_size > 1:
+        check_group("prepare", "pcp", pcp_group, pcp_size)
+        tensors = gather_rows(tensors, rows=padded_before_pcp, fill=fill, size=pcp_size, group=pcp_group)
+    return list(tensors), num_tokens, padded, before_pcp, padded_before_pcp
+
+
+def _reduce_dp(
+    hidden_states: torch.Tensor,
+    num_tokens: int,
+    num_tokens_before_pcp: int,
+    padded_num_tokens_before_pcp: int,
+    dp_group: str,
+    dp_size: int,
+    pcp_group: str,
+    pcp_size: int,
+) -> torch.Tensor:
+    shapes.check_gathered(hidden_states, padded_num_tokens_before_pcp, pcp_size)
+    if pcp_size > 1:
+        check_group("finalize", "pcp", pcp_group, pcp_size)
+        hidden_states = reduce_scatter(hidden_states, pcp_size, pcp_group).narrow(0, 0, num_tokens_before_pcp)
+    if dp_size > 1:
+        check_group("finalize", "dp", dp_group, dp_size)
+        hidden_states = reduce_scatter(hidden_states, dp_size, dp_group)
+    if dp_size == 1 and pcp_size == 1:
+        return copy_rows(hidden_states, 0, num_tokens)
+    return hidden_states.narrow(0, 0, num_tokens)
+
+
+def _gather_ep(
+    tensors: Sequence[torch.Tensor], counts: Sequence[int] | None, group: str, size: int, rank: int
+) -> tuple[list[torch.Tensor], int, int]:
+    check_group("prepare", "ep", group, size)
+    num_tokens = rows = tensors[0].shape[0]
+    if counts is not None:
+        shapes.check_counts("prepare", num_tokens, counts, size, rank)
+        rows = largest(counts)
+    gathered = gather_rows(tensors, rows=rows, fill=[0] * len(tensors), size=size, group=group, counts=counts)
+    return gathered, num_tokens, rows
+
+
+def _reduce_ep(
+    hidden_states: torch.Tensor, num_tokens: int, counts: Sequence[int] | None, group: str, size: int
+) -> torch.Tensor:
+    check_group("finalize", "ep", group, size)
+    shapes.check_gathered_over_ep(hidden_states, num_tokens, counts, size)
+    blocks = hidden_states if counts is None else expand_rows(hidden_states, counts)
+    return reduce_scatter(blocks, size, group).narrow(0, 0, num_tokens)
+
+
+prepare_allgather_dp = define(
+    "prepare_allgather_dp(Tensor[] tensors, int[] fill, SymInt max_tokens_across_dp, SymInt max_tokens_across_pcp,"
+    " str dp_group, int dp_size, str pcp_group, int pcp_size) -> (Tensor[], SymInt, SymInt, SymInt, SymInt)",
+    composite=_gather_dp,
+)
+finalize_allgather_dp = define(
+    "finalize_allgather_dp(Tensor hidden_states, SymInt num_tokens, SymInt num_tokens_before_pcp,"
+    " SymInt padded_num_tokens_before_pcp, str dp_group, int dp_size, str pcp_group, int pcp_size) -> Tensor",
+    composite=_reduce_dp,
+)
+prepare_allgather_ep = define(
+    "prepare_allgather_ep(Tensor[] tensors, SymInt[]? num_tokens_across_ep, str group, int size, SymInt rank)"
+    " -> (Tensor[], SymInt, SymInt)",
+    composite=_gather_ep,
+)
+finalize_allgather_ep = define(
+    "finalize_allgather_ep(Tensor hidden_states, SymInt num_tokens, SymInt[]? num_tokens_across_ep, str group, int size)"
+    " -> Tensor",
+    composite=_reduce_ep,
+)
+
+
+def gather(
+    tensors: Sequence[torch.Tensor],
+    *,
+    fill: Sequence[int],
+    groups: ParallelGroups,
+    max_tokens_across_dp: int | None,
+    max_tokens_across_pcp: int | None,
+    num_tokens_across_ep: Sequence[int] | None,
+    tokens_are_sharded: bool,
+) -> tuple[list[torch.Tensor], State]:
+    """Gather the rows of tensors that travel together: over EP if sharded, else over DP, then PCP.
+
+    The DP form has rows that pad, with `fill` (0 or -1) in them; the EP form has none.
+    """
+    if tokens_are_sharded:
+        return _gather_over_ep(tensors, groups, num_tokens_across_ep)
+    return _gather_over_dp(tensors, fill, groups, max_tokens_across_dp, max_tokens_across_pcp)
+
+
+def _gather_over_dp(
+    tensors: Sequence[torch.Tensor],
+    fill: Sequence[int],
+    groups: ParallelGroups,
+    max_tokens_across_dp: int | None,
+    max_tokens_across_pcp: int | None,
+) -> tuple[list[torch.Tensor], State]:
+    num_tokens = tensors[0].shape[0]
+    if groups.dp.size == 1 and groups.pcp.size == 1:
+        return list(tensors), UnchangedState(num_tokens, num_tokens)
+    rows = num_tokens if max_tokens_across_dp is None else max_tokens_across_dp
+    before_pcp = (rows if groups.dp.size > 1 else num_tokens) * groups.dp.size
+    rows_pcp = before_pcp if max_tokens_across_pcp is None else max_tokens_across_pcp
+    gathered, *counts = prepare_allgather_dp(tensors, fill, rows, rows_pcp, *groups.dp[:2], *groups.pcp[:2])
+    return gathered, DataParallelState(*counts)
+
+
+def _gather_over_ep(
+    tensors: Sequence[torch.Tensor], groups: ParallelGroups, num_tokens_across_ep: Sequence[int] | None
+) -> tuple[list[torch.Tensor], State]:
+    counts = None if num_tokens_across_ep is None else list(num_tokens_across_ep)
+    if groups.ep.size == 1:
+        num_tokens = tensors[0].shape[0]
+        if counts is not None:
+            shapes.check_counts("prepare", num_tokens, counts, 1, 0)
+        return list(tensors), ExpertParallelState(num_tokens, num_tokens, tuple(counts or ()))
+    gathered, num_tokens, padded = prepare_allgather_ep(tensors, counts, *groups.ep)
+    return gathered, ExpertParallelState(num_tokens, padded, tuple(counts or ()))
+
+
+def prepare(
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    *,
+    groups: ParallelGroups,
+    max_tokens_across_dp: int | None,
+    max_tokens_across_pcp: int | None,
+    num_tokens_across_ep: Sequence[int] | None,
+    tokens_are_sharded: bool,
+    quant: Quant,
+) -> PrepareOutput:
+    """Gather tokens and logits (and scales, in the EP form) in one all-gather a group."""
+    check_tokens("prepare", hidden_states, router_logits)
+    tensors = [hidden_states, router_logits]
+    if quant is not Quant.NONE and tokens_are_sharded:
+        quantized, scale = quantize_activations(hidden_states, quant=quant)
+        tensors = [quantized, router_logits, scale]
+    gathered, state = gather(
+        tensors,
+        fill=[0] * len(tensors),
+        groups=groups,
+        max_tokens_across_dp=max_tokens_across_dp,
+        max_tokens_across_pcp=max_tokens_across_pcp,
+        num_tokens_across_ep=num_tokens_across_ep,
+        tokens_are_sharded=tokens_are_sharded,
+    )
+    return PrepareOutput(gathered[0], gathered[1], None, gathered[2] if len(gathered) == 3 else None, state)
+
+
+def finalize(
+    hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups, reduce_results: bool
+) -> torch.Tensor:
+    """Sum what prepare gathered and cut to this rank's own tokens. One reduce-scatter for each gather of prepare.
+
+    The DP form leaves one summand on each TP rank; with `reduce_results` an all-reduce over TP adds them up.
+    """
+    if isinstance(state, ExpertParallelState):
+        if groups.ep.size == 1:
+            return _unchanged(hidden_states, state)
+        counts = list(state.num_tokens_across_ep) or None
+        summed: torch.Tensor = finalize_allgather_ep(hidden_states, state.num_tokens, counts, *groups.ep[:2])
+        return summed
+    if isinstance(state, UnchangedState):
+        hidden_states = _unchanged(hidden_states, state)
+    else:
+        dp_state = _dp_state("finalize", state)
+        lengths = dp_state.num_tokens, dp_state.num_tokens_before_pcp, dp_state.padded_num_tokens_before_pcp
+        hidden_states = finalize_allgather_dp(hidden_states, *lengths, *groups.dp[:2], *groups.pcp[:2])
+    if reduce_results and groups.tp.size > 1:
+        reduced: torch.Tensor = all_reduce(hidden_states, groups.tp.name, groups.tp.size)
+        return reduced
+    return hidden_states
+
+
+def lay_out(token_ids: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:
+    """Gather per-token integers like the tokens. One all-gather for each gather of prepare."""
+    if isinstance(state, ExpertParallelState):
+        gathered, _ = _gather_over_ep([token_ids], groups, state.num_tokens_across_ep or None)
+        return gathered[0]
+    if isinstance(state, UnchangedState):
+        return token_ids
+    dp_state = _dp_state("lay_out_like_prepared", state)
+    lengths = dp_state.padded_num_tokens, dp_state.padded_num_tokens_before_pcp
+    gathered, _ = _gather_over_dp([token_ids], [-1], groups, *lengths)
+    return gathered[0]
+
+
+def _unchanged(hidden_states: torch.Tensor, state: State) -> torch.Tensor:
+    check_equal("finalize", "rows of hidden_states", hidden_states.shape[0], state.num_tokens, "state.num_tokens")
+    return hidden_states
+
+
+def _dp_state(op: str, state: State) -> DataParallelState:
+    if not isinstance(state, DataParallelState):
+        raise TypeError(f"{op}: state must be that of an ALLGATHER prepare, got {type(state).__name__}")
+    return state

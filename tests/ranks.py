@@ -1,0 +1,89 @@
+"""A pool of real gloo ranks that tests share: starting processes costs seconds, handing them a call milliseconds."""
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import moe_ops as mo
+
+TIMEOUT_SECONDS = 120
+_groups: dict[tuple[int, int, int], mo.ParallelGroups] = {}
+
+
+def groups_of(dp: int, pcp: int, tp: int) -> mo.ParallelGroups:
+    """The groups of this rank in a [DP, PCP, TP] layout of all ranks, made once. A collective call."""
+    if (dp, pcp, tp) not in _groups:
+        mesh = dist.init_device_mesh("cpu", (dp, pcp, tp), mesh_dim_names=("dp", "pcp", "tp"))
+        _groups[dp, pcp, tp] = mo.ParallelGroups.from_device_mesh(mesh)
+    return _groups[dp, pcp, tp]
+
+
+def coordinates(rank: int, pcp: int, tp: int) -> tuple[int, int, int]:
+    """(d, p, t) of an EP rank, by the specification: rank = (d * PCP + p) * TP + t."""
+    return rank // (pcp * tp), rank // tp % pcp, rank % tp
+
+
+def _serve(rank: int, size: int, store: str, calls: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    while True:
+        call = calls.recv()
+        if call is None:
+            break
+        function, arguments = call
+        try:
+            calls.send((function(rank, *arguments), None))
+        except Exception:
+            calls.send((None, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """Ranks that wait for calls. A call that fails on any rank ends the pool, because the others may be waiting."""
+
+    def __init__(self, size: int, store: str) -> None:
+        self.size = size
+        self.is_broken = False
+        context = multiprocessing.get_context("spawn")
+        self._pipes = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call ``function(rank, *arguments)`` on every rank and return the results in rank order."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if errors and not pipe.poll(5):  # it waits for the rank that failed
+                errors.append(f"rank {rank}: no answer")
+                continue
+            if not pipe.poll(2 * TIMEOUT_SECONDS):
+                errors.append(f"rank {rank}: hung")
+                continue
+            result, error = pipe.recv()
+            results.append(result)
+            if error:
+                errors.append(f"rank {rank}: {error}")
+        if errors:
+            self.close()
+            raise AssertionError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        self.is_broken = True
+        for process in self._processes:
+            process.terminate()
+            process.join()

@@ -1,0 +1,246 @@
+"""Tracing: one graph for every token count, under aot_eager and inductor; export; an AOTInductor package."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import moe_ops as mo
+from moe_ops import Strategy
+
+COUNTS = [0, 1, 2, 3, 7, 64, 257, 4096]
+H, E, K, I, W = 16, 8, 2, 8, 4
+FORMS = {
+    "all2all": (Strategy.ALL2ALL, False),
+    "all2all-sharded": (Strategy.ALL2ALL, True),
+    "mc2": (Strategy.MC2, False),
+    "mc2-sharded": (Strategy.MC2, True),
+    "allgather-dp": (Strategy.ALLGATHER, False),
+    "allgather-ep": (Strategy.ALLGATHER, True),
+}
+Stage = Callable[..., torch.Tensor]
+
+
+@pytest.fixture
+def groups(fake_group4: str) -> mo.ParallelGroups:
+    """Every axis is the fake group of four ranks, of which this process is rank 1."""
+    group = mo.Group(fake_group4, W, 1)
+    return mo.ParallelGroups(tp=group, dp=group, ep=group, pcp=group)
+
+
+def prepare_and_finalize(form: str, groups: mo.ParallelGroups, quant: mo.Quant = mo.Quant.NONE) -> Stage:
+    strategy, sharded = FORMS[form]
+
+    def run(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[torch.Tensor]) -> torch.Tensor:
+        most, most_pcp, *counts = (length.shape[0] for length in lengths)
+        out = mo.prepare(
+            x,
+            logits,
+            strategy=strategy,
+            groups=groups,
+            mc2_mask=mask,
+            max_tokens_across_dp=most,
+            max_tokens_across_pcp=most_pcp,
+            num_tokens_across_ep=counts,
+            tokens_are_sharded=sharded,
+            quant=quant,
+        )
+        y = out.hidden_states.to(torch.float32) * 2 + out.router_logits.sum(1, keepdim=True)
+        if out.mc2_mask is not None:
+            y = torch.where(out.mc2_mask.unsqueeze(1), y, 0)
+        return mo.finalize(y, out.state, strategy=strategy, groups=groups, reduce_results=True)
+
+    return run
+
+
+def whole_stage(form: str, groups: mo.ParallelGroups, dtype: torch.dtype) -> Stage:
+    strategy, sharded = FORMS[form]
+    experts = mo.ExpertWeights(torch.randn(E // W, 2 * I, H).to(dtype), torch.randn(E // W, H, I).to(dtype))
+
+    def run(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[torch.Tensor]) -> torch.Tensor:
+        most, most_pcp, *counts = (length.shape[0] for length in lengths)
+        return mo.moe_stage(
+            x,
+            logits,
+            experts,
+            routing=mo.Routing(K, E),
+            strategy=strategy,
+            groups=groups,
+            mc2_mask=mask,
+            max_tokens_across_dp=most,
+            max_tokens_across_pcp=most_pcp,
+            num_tokens_across_ep=counts,
+            tokens_are_sharded=sharded,
+            reduce_results=True,
+        )
+
+    return run
+
+
+def arguments(num_tokens: int, form: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Tokens, logits, mask and lengths of one call, as a user marks them: ragged, and none of them a constant."""
+    x, logits = torch.randn(num_tokens, H).to(dtype), torch.randn(num_tokens, E)
+    common = -(-num_tokens // W) * W if form == "mc2" else num_tokens * W
+    mask = torch.arange(common) < num_tokens
+    mo.mark_token_axes(x, logits, mask)
+    counts = [num_tokens // 2, num_tokens, num_tokens + 1, 3]  # this process is rank 1
+    lengths = [num_tokens + 2, (num_tokens + 2) * W + 1, *counts]
+    return x, logits, mask, [mo.token_count(length) for length in lengths]
+
+
+def count_graphs(function: Stage, form: str, backend: str, dtype: torch.dtype = torch.float32) -> int:
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for num_tokens in COUNTS:
+        with torch.no_grad():
+            result = compiled(*arguments(num_tokens, form, dtype))
+        assert result.shape == (num_tokens, H)
+        assert result.dtype == dtype
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_graph_for_every_count(form: str, backend: str, groups: mo.ParallelGroups) -> None:
+    assert count_graphs(prepare_and_finalize(form, groups), form, backend) == 1
+
+
+@pytest.mark.parametrize("quant", [quant for quant in mo.Quant if quant is not mo.Quant.NONE], ids=lambda q: q.value)
+def test_one_graph_with_quantised_activations(quant: mo.Quant, groups: mo.ParallelGroups) -> None:
+    def run(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[torch.Tensor]) -> torch.Tensor:
+        out = mo.prepare(
+            x,
+            logits,
+            strategy=Strategy.ALLGATHER,
+            groups=groups,
+            num_tokens_across_ep=[length.shape[0] for length in lengths[2:]],
+            tokens_are_sharded=True,
+            quant=quant,
+        )
+        assert out.pertoken_scale is not None
+        y = mo.dequantize_activations(out.hidden_states, out.pertoken_scale, quant=quant, hidden_size=H)
+        return mo.finalize(y, out.state, strategy=Strategy.ALLGATHER, groups=groups)
+
+    assert count_graphs(run, "allgather-ep", "aot_eager") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_one_graph_for_the_whole_stage(form: str, dtype: torch.dtype, groups: mo.ParallelGroups) -> None:
+    assert count_graphs(whole_stage(form, groups, dtype), form, "aot_eager", dtype) == 1
+
+
+def test_the_counter_counts() -> None:
+    """Without marks there is a graph for 0, one for 1, one for the rest: the tests above can fail."""
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(lambda x: x.narrow(0, 0, x.shape[0]) * 2, backend=counter, fullgraph=True)
+    for num_tokens in COUNTS:
+        run(torch.randn(num_tokens, H))
+    assert counter.frame_count >= 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_export_with_marked_token_axes(form: str, groups: mo.ParallelGroups) -> None:
+    """Each op stays one node of the exported program, which serves every count."""
+    program = torch.export.export(Module(prepare_and_finalize(form, groups)), arguments(12, form), strict=True)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    if form != "all2all-sharded":  # which is the identity
+        assert any(target.startswith("moe_ops.") for target in targets)
+    assert not any("c10d" in target for target in targets)
+    for num_tokens in COUNTS:
+        assert program.module()(*arguments(num_tokens, form)).shape == (num_tokens, H)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_export_with_a_dynamic_token_axis(form: str, groups: mo.ParallelGroups) -> None:
+    """torch takes a dynamic size for 2 or more, so the program serves counts with 2 rows a chunk or more."""
+    program = export_dynamic(form, groups)
+    for num_tokens in (W + 1, 64, 257):
+        assert program.module()(*arguments(num_tokens, form)).shape == (num_tokens, H)
+
+
+def export_dynamic(form: str, groups: mo.ParallelGroups) -> torch.export.ExportedProgram:
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    shapes = (dynamic, dynamic, dynamic, [dynamic] * 6)
+    return torch.export.export(Module(prepare_and_finalize(form, groups)), arguments(12, form), dynamic_shapes=shapes)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, run: Stage) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(
+        self, x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[torch.Tensor]
+    ) -> torch.Tensor:
+        return self.run(x, logits, mask, lengths)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_marked", [False, True], ids=["dynamic", "marked"])
+def test_aot_inductor_package_builds(form: str, is_marked: bool, groups: mo.ParallelGroups, tmp_path: Any) -> None:
+    if is_marked:
+        program = torch.export.export(Module(prepare_and_finalize(form, groups)), arguments(12, form), strict=True)
+    else:
+        program = export_dynamic(form, groups)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "stage.pt2"))
+    assert (tmp_path / "stage.pt2").stat().st_size > 0
+
+
+def test_collectives_are_visible_to_the_compiler(groups: mo.ParallelGroups) -> None:
+    """The composites expand: what a back end receives are functional collectives, one each way, and no op of ours."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    compiled = torch.compile(prepare_and_finalize("allgather-ep", groups), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        compiled(*arguments(5, "allgather-ep"))
+    targets = [str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"]
+    assert targets.count("_c10d_functional.all_gather_into_tensor.default") == 1
+    assert targets.count("_c10d_functional.reduce_scatter_tensor.default") == 1
+    assert not any("prepare" in target or "finalize" in target for target in targets)
+    assert not any(".item" in target or "_local_scalar_dense" in target for target in targets)  # no host read
+
+
+def test_graph_size_does_not_grow_with_the_world() -> None:
+    assert nodes_with(8) == nodes_with(256)
+
+
+def nodes_with(size: int) -> int:
+    torch._dynamo.reset()
+    dist.init_process_group("fake", rank=1, world_size=size)
+    group = mo.Group(dist.group.WORLD.group_name, size, 1)
+    groups = mo.ParallelGroups(tp=group, dp=group, ep=group)
+    sizes: list[int] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    constant_counts = [3] * size
+
+    def run(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        out = mo.prepare(x, logits, strategy=Strategy.ALL2ALL, groups=groups)
+        chunk = mo.finalize(out.hidden_states, out.state, strategy=Strategy.ALL2ALL, groups=groups)
+        out = mo.prepare(
+            chunk,
+            logits,
+            strategy=Strategy.ALLGATHER,
+            groups=groups,
+            num_tokens_across_ep=constant_counts,
+            tokens_are_sharded=True,
+        )
+        return mo.finalize(out.hidden_states, out.state, strategy=Strategy.ALLGATHER, groups=groups)
+
+    with torch.no_grad():
+        torch.compile(run, backend=backend, fullgraph=True)(torch.randn(3, H), torch.randn(3, E))
+    dist.destroy_process_group()
+    return sizes[-1]

@@ -1,0 +1,110 @@
+"""The demo: it shows a row for every form and count, and fails when anything disagrees."""
+
+import io
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from moe_ops.demo.cases import FORMS, Family
+from moe_ops.demo.families import build_families
+from moe_ops.demo.ranks import Measurement, relative_error
+from moe_ops.demo.report import find_failures, make_table
+from moe_ops.demo.run import run_families
+
+ROOT = Path(__file__).parents[1]
+NAMES = {"ALL2ALL chunks", "MC2 mask", "ALLGATHER DP", "ALLGATHER EP"}
+ROW = re.compile(r"(\S+ (?:chunks|mask|DP|EP)) (\d+) (\d+) (\d+) (\d+) (\S+) (\d+) (\d+) (\S+) (\S+)")
+
+
+def rows_of(output: str) -> list[tuple[str, ...]]:
+    lines = (" ".join(line.split()) for line in output.splitlines())
+    return [match.groups() for line in lines if (match := ROW.fullmatch(line))]
+
+
+def run_on_ranks(family: Family) -> tuple[int, str]:
+    output = io.StringIO()
+    status = run_families([family], backend="eager", console=Console(file=output, width=120))
+    return status, output.getvalue()
+
+
+@pytest.fixture
+def qwen3() -> Family:
+    return build_families(torch.float32)[0]
+
+
+def test_shows_every_form_and_count_of_both_families() -> None:
+    command = [sys.executable, "-m", "moe_ops.cli", "demo", "--backend", "aot_eager"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for family in done.stdout.split("\nQwen3-MoE: ")[1].split("\nMixtral: "):
+        rows = rows_of(family)
+        assert {row[0] for row in rows} == NAMES
+        for form in NAMES - {"ALLGATHER EP"}:
+            counts = [[int(count) for count in row[1:5]] for row in rows if row[0] == form]
+            for rank in range(4):  # replicated over TP: ranks 0 and 1 are one DP rank, 2 and 3 the other
+                assert sorted(of_rank[rank] for of_rank in counts) == [0, 1, 3, 64, 257]
+            assert all(a == b != c == d for a, b, c, d in counts)
+        assert {row[6] for row in rows} == {"1"}
+        assert all(float(row[5]) < 1e-5 for row in rows)
+        assert all(int(row[8].replace(",", "")) > 0 for row in rows)
+
+
+def test_sharded_cases_spread_the_same_tokens(qwen3: Family) -> None:
+    for whole, spread in zip(qwen3.replicated, qwen3.sharded, strict=True):
+        for dp in range(2):
+            torch.testing.assert_close(torch.cat(spread.tokens[2 * dp : 2 * dp + 2]), whole.tokens[2 * dp])
+            torch.testing.assert_close(torch.cat(spread.expected[2 * dp : 2 * dp + 2]), whole.expected[2 * dp])
+
+
+def test_one_changed_weight_on_one_rank_fails(qwen3: Family) -> None:
+    qwen3.experts.w2[5, 0, 0] += 1  # expert 5 is on rank 1 alone
+    status, output = run_on_ranks(qwen3._replace(replicated=qwen3.replicated[1:2], sharded=qwen3.sharded[1:2]))
+    assert status == 1
+    assert "WRONG" in output
+    assert "failures: 4 " in output
+
+
+def test_a_rank_that_raises_fails_and_does_not_hang(qwen3: Family, capfd: pytest.CaptureFixture[str]) -> None:
+    too_few = qwen3.experts._replace(w13=qwen3.experts.w13[:14], w2=qwen3.experts.w2[:14])  # rank 3 lacks two
+    status, _ = run_on_ranks(qwen3._replace(experts=too_few))
+    assert status == 1
+    assert "failed" in capfd.readouterr().err
+
+
+def perfect_measurements(family: Family) -> list[Measurement]:
+    perfect = {"error": 0.0, "graphs": 1, "collectives": 3, "bytes_sent": 9, "seconds": 0.1}
+    cases = [(form, index) for form in FORMS for index in range(5) for _ in range(4)]
+    return [Measurement(family.name, form, index, **perfect) for form, index in cases]
+
+
+@pytest.mark.parametrize("flaw", [{"error": 1e-4}, {"error": math.inf}, {"graphs": 2}, {"graphs": 0}, None], ids=str)
+def test_one_flaw_on_one_rank_is_a_failure(qwen3: Family, flaw: dict[str, float] | None) -> None:
+    measurements = perfect_measurements(qwen3)
+    assert find_failures([qwen3], measurements) == []
+    last = measurements.pop()
+    if flaw:
+        measurements.append(last._replace(**flaw))
+    assert len(find_failures([qwen3], measurements)) == 1
+    make_table(qwen3, measurements)
+
+
+def test_relative_error_accepts_no_other_shape_dtype_or_nan() -> None:
+    expected = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
+    assert relative_error(torch.tensor([[2.0, -4.0]]), expected, torch.float32) == 0.25
+    assert relative_error(torch.tensor([[math.nan, -4.0]]), expected, torch.float32) == math.inf
+    assert relative_error(torch.ones(2, 2), expected, torch.float32) == math.inf
+    assert relative_error(torch.ones(1, 2), expected, torch.bfloat16) == math.inf
+    assert relative_error(torch.ones(0, 2), expected[:0], torch.float32) == 0
+
+
+def test_says_what_to_install() -> None:
+    without_rich = "import sys; sys.modules['rich'] = None; from moe_ops.cli import main; sys.exit(main(['demo']))"
+    done = subprocess.run([sys.executable, "-c", without_rich], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install moe-ops[demo]" in done.stderr
