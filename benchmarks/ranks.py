@@ -27,6 +27,7 @@ class Ranks:
 
     def __init__(self, size: int, *, is_fake: bool = False) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler prints no notices
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         context = multiprocessing.get_context("spawn")
         self._directory = tempfile.TemporaryDirectory()
         store = str(Path(self._directory.name) / "store")

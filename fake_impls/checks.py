@@ -39,7 +39,9 @@ def check_multiple(op: str, name: str, got: int, factor: int, meaning: str) -> N
 
 def check_same_rows(op: str, name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     got, wanted = tensor.shape[0], other.shape[0]
-    _check(got == wanted, op, f"rows of {name}", "", f"those of {other_name}", wanted, got)
+    condition = got == wanted
+    if condition is not True:
+        _check(condition, op, f"rows of {name}", "", f"those of {other_name}", wanted, got)
 
 
 def _check(

@@ -19,6 +19,18 @@ def row_bytes(tensor: torch.Tensor) -> int:
 
 def pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:
     """``[T, ...] each -> uint8 [rows, B]``: row `i` of all tensors side by side, rows past T filled."""
+    check_pack(tensors, rows, fill)
+    return tensors[0].new_empty(rows, sum(row_bytes(tensor) for tensor in tensors), dtype=torch.uint8)
+
+
+def unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``uint8 [R, B] -> [R, ...] each``, with the dtypes and row shapes of `like`, whose rows do not matter."""
+    check_unpack(packed, sum(row_bytes(tensor) for tensor in like))
+    return [packed.new_empty(packed.shape[0], *tensor.shape[1:], dtype=tensor.dtype) for tensor in like]
+
+
+def check_pack(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> None:
+    """Tensors of as many rows, no more than there is room for, and what to put into the rest."""
     if not tensors or len(fill) != len(tensors) or any(value not in (0, -1) for value in fill):
         raise ValueError(
             f"pack_rows: fill must hold 0 or -1 for each of {len(tensors)} tensors (1 or more), got {tuple(fill)}"
@@ -28,16 +40,13 @@ def pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -
             raise ValueError(f"pack_rows: tensors[{index}] must have at least 1 dimension, got 0-D")
         check_same_rows("pack_rows", f"tensors[{index}]", tensor, "tensors[0]", tensors[0])
     check_at_most("pack_rows", "rows of tensors", tensors[0].shape[0], rows, "rows")
-    return tensors[0].new_empty(rows, sum(row_bytes(tensor) for tensor in tensors), dtype=torch.uint8)
 
 
-def unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``uint8 [R, B] -> [R, ...] each``, with the dtypes and row shapes of `like`, whose rows do not matter."""
+def check_unpack(packed: torch.Tensor, width: int) -> None:
+    """A buffer whose rows hold as many bytes as are to be taken out."""
     check_dim("unpack_rows", "packed", packed, 2)
     check_dtype("unpack_rows", "packed", packed, (torch.uint8,))
-    width = sum(row_bytes(tensor) for tensor in like)
     check_equal("unpack_rows", "bytes of a packed row", packed.shape[1], width, "those of a row of `like`")
-    return [packed.new_empty(packed.shape[0], *tensor.shape[1:], dtype=tensor.dtype) for tensor in like]
 
 
 def compact_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

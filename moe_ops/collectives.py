@@ -24,7 +24,8 @@ def chunk_rows(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fi
     rows = padded_rows // num_chunks
     if type(x) is torch.Tensor:
         return torch.narrow_copy(x, 0, rank * rows, rows)
-    return x.unflatten(0, (num_chunks, rows)).select(0, rank).clone()  # has no bounds that a compiler has to prove
+    chunks: torch.Tensor = x.unflatten(0, (num_chunks, rows))  # selects without bounds that a compiler has to prove
+    return chunks.select(0, rank).clone()
 
 
 def pad_rows(x: torch.Tensor, rows: int, fill: int = 0) -> torch.Tensor:
@@ -68,15 +69,17 @@ def _all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
 
 
 def _pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:
-    packed_RB = shapes.pack_rows(tensors, rows, fill)
+    shapes.check_pack(tensors, rows, fill)
+    columns = [_as_bytes(tensor) for tensor in tensors]
     num_rows = tensors[0].shape[0]
-    torch.cat([_as_bytes(tensor) for tensor in tensors], dim=1, out=packed_RB.narrow(0, 0, num_rows))
-    if num_rows < rows:
-        start = 0
-        for tensor, value in zip(tensors, fill, strict=True):  # all bytes 0xFF: -1 in every integer dtype
-            width = shapes.row_bytes(tensor)
-            packed_RB[num_rows:, start : start + width] = value & 0xFF
-            start += width
+    if num_rows == rows:
+        return torch.cat(columns, dim=1)
+    packed_RB = shapes.pack_rows(tensors, rows, fill)
+    torch.cat(columns, dim=1, out=packed_RB.narrow(0, 0, num_rows))
+    missing_RB = packed_RB.narrow(0, num_rows, rows - num_rows)
+    parts = missing_RB.split([column.shape[1] for column in columns], dim=1)
+    for part_RB, value in zip(parts, fill, strict=True):
+        part_RB.fill_(value & 0xFF)  # all bytes 0xFF: -1 in every integer dtype
     return packed_RB
 
 
@@ -89,14 +92,13 @@ def _as_bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    shapes.unpack_rows(packed, like)
-    rows, start = [], 0
-    for tensor in like:
-        width = shapes.row_bytes(tensor)
-        column_RB = torch.narrow_copy(packed, 1, start, width)
-        rows.append(column_RB.view(tensor.dtype).view(packed.shape[0], *tensor.shape[1:]))
-        start += width
-    return rows
+    widths = [shapes.row_bytes(tensor) for tensor in like]
+    shapes.check_unpack(packed, sum(widths))
+    unpacked = []
+    for tensor, start, width in zip(like, offsets(widths), widths, strict=True):
+        x = torch.narrow_copy(packed, 1, start, width).view(tensor.dtype)
+        unpacked.append(x if tensor.dim() == 2 else x.view(packed.shape[0], *tensor.shape[1:]))
+    return unpacked
 
 
 def _compact_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

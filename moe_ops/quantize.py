@@ -72,7 +72,7 @@ def _times_scales(elements_TH: torch.Tensor, scale_TB: torch.Tensor) -> torch.Te
 def _quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     quantized_TH, scale_TB = shapes.quantize_mxfp8(x)
     scaled_TH = _scale_blocks(x, E4M3_EMAX, scale_TB)
-    quantized_TH.copy_(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX))  # the conversion rounds to nearest even
+    quantized_TH.copy_(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX))  # to nearest even; not every device saturates
     return quantized_TH, scale_TB
 
 

@@ -67,6 +67,8 @@ def moe_stage(
             f"moe_stage: experts must hold num_experts / EP = {routing.num_experts} / {groups.ep.size} experts, "
             f"got {num_local_experts}"
         )
+    if strategy is Strategy.ALLGATHER and not tokens_are_sharded:
+        _check_all_axes_are_summed(groups)
     if strategy is Strategy.ALLGATHER:
         topk_weights, topk_ids = route(router_logits, routing)
         (hidden, topk_ids, topk_weights), state = allgather.gather(
@@ -97,6 +99,15 @@ def moe_stage(
             rows = common_rows(rows, max_tokens_across_dp, counts, num_chunks)
         output = _run_exchanged(prepared, rows, experts, routing, groups)
     return finalize(output, state, strategy=strategy, groups=groups, reduce_results=reduce_results)
+
+
+def _check_all_axes_are_summed(groups: ParallelGroups) -> None:
+    """The ALLGATHER DP form sums over DP, PCP and TP: that must be all ranks that hold a share of the experts."""
+    ranks = groups.dp.size * groups.pcp.size * groups.tp.size
+    if groups.ep.size not in (1, ranks):
+        raise ValueError(
+            f"moe_stage: ALLGATHER needs an EP group of DP * PCP * TP = {ranks} ranks, or none, got {groups.ep.size}"
+        )
 
 
 def _run_exchanged(

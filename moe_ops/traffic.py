@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_BYTES_SENT_OFFSET = 200  # of tcpi_bytes_sent in struct tcp_info, include/uapi/linux/tcp.h, since Linux 4.19
+_BYTES_SENT_OFFSET = 200  # tcpi_bytes_sent and tcpi_bytes_retrans in struct tcp_info of linux/tcp.h, since Linux 4.19
 
 
 class Traffic(NamedTuple):
@@ -49,7 +49,8 @@ def _bytes_sent() -> int:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("=Q", info, _BYTES_SENT_OFFSET)[0]
+                sent, sent_again = struct.unpack_from("=QQ", info, _BYTES_SENT_OFFSET)
+                total += sent - sent_again
     return total
 
 

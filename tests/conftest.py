@@ -1,8 +1,9 @@
 import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks talk over the loopback interface alone
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,23 +18,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def _pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(size: int) -> RankPool:
-        if size not in pools or pools[size].is_broken:
-            pools[size] = RankPool(size, str(tmp_path_factory.mktemp("ranks") / "store"))
-        return pools[size]
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
-
-
-@pytest.fixture
-def ranks4(_pools: Callable[[int], RankPool]) -> RankPool:
+def ranks4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four real gloo ranks, shared by all tests of the session."""
-    return _pools(4)
+    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

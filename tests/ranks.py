@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,23 +47,18 @@ def _serve(rank: int, size: int, store: str, calls: Connection) -> None:
 
 
 class RankPool:
-    """Ranks that wait for calls. A call that fails on any rank ends the pool, because the others may be waiting."""
+    """Ranks that wait for calls. A call that fails on any rank ends them, since others may wait; the next starts anew."""
 
-    def __init__(self, size: int, store: str) -> None:
+    def __init__(self, size: int, folder: Path) -> None:
         self.size = size
-        self.is_broken = False
-        context = multiprocessing.get_context("spawn")
-        self._pipes = []
-        self._processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._folder = folder
+        self._pipes: list[Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call ``function(rank, *arguments)`` on every rank and return the results in rank order."""
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results, errors = [], []
@@ -82,8 +78,18 @@ class RankPool:
             raise AssertionError("\n".join(errors))
         return results
 
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = self._folder / f"store{len(list(self._folder.iterdir()))}"
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, str(store), theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
     def close(self) -> None:
-        self.is_broken = True
         for process in self._processes:
             process.terminate()
             process.join()
+        self._pipes, self._processes = [], []

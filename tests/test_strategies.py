@@ -26,7 +26,8 @@ TOKENS = st.one_of(st.integers(0, 9), st.sampled_from([13, 31, 64]))
 
 @st.composite
 def topologies(draw: Any) -> tuple[int, int, int]:
-    return draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3, 4]))
+    sizes = [(dp, pcp, tp) for dp in (1, 2, 3) for pcp in (1, 2) for tp in (1, 2, 3, 4)]
+    return draw(st.sampled_from([size for size in sizes if size[0] * size[1] * size[2] <= 8]))  # torch simulates slowly
 
 
 def tokens_of(num_tokens: int, owner: int) -> torch.Tensor:

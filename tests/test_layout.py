@@ -1,0 +1,83 @@
+"""The integer arithmetic, against loops over single tokens, on ints and on symbolic ints."""
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from fake_impls import layout
+
+COUNTS = st.integers(0, 5000)
+SIZES = st.integers(1, 64)
+
+
+def symbolic(value: int) -> torch.SymInt:
+    """A backed symbolic int; like torch's own, no constant below 2."""
+    environment = ShapeEnv()
+    source = ConstantSource(f"n{value}")
+    symbol = environment.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return environment.create_symintnode(symbol, hint=value, source=source)
+
+
+@given(num_tokens=COUNTS, size=SIZES)
+def test_every_token_has_one_place_in_equal_chunks(num_tokens: int, size: int) -> None:
+    rows, padded = layout.rows_per_rank(num_tokens, size), layout.padded_rows(num_tokens, size)
+    assert padded == rows * size
+    assert num_tokens <= padded < num_tokens + size
+    bounds = [layout.chunk_bounds(num_tokens, rows, rank) for rank in range(size)]
+    assert [token for start, length in bounds for token in range(start, start + length)] == list(range(num_tokens))
+    assert all(0 <= length <= rows for _, length in bounds)
+
+
+def test_no_tokens_need_no_rows() -> None:
+    assert [layout.padded_rows(count, 4) for count in (0, 1, 3, 4, 5)] == [0, 4, 4, 4, 8]
+
+
+@given(num_tokens=st.integers(2, 5000), size=SIZES, rank=st.integers(0, 63))
+def test_symbolic_ints_give_the_same_and_are_not_guarded(num_tokens: int, size: int, rank: int) -> None:
+    count = symbolic(num_tokens)
+    found = [
+        layout.ceil_div(count, size),
+        layout.rows_per_rank(count, size),
+        layout.padded_rows(count, size),
+        *layout.chunk_bounds(count, layout.rows_per_rank(count, size), rank % size),
+        *layout.offsets([count, 3, count]),
+        layout.largest([3, count]),
+        layout.common_rows(count, None, None, size),
+        layout.common_rows(0, count, None, size),
+        layout.common_rows(0, None, [1, count], size),
+        layout.gathered_row(rank, 1, 0, max_tokens_across_dp=count, max_tokens_across_pcp=3),
+    ]
+    assert not count.node.shape_env.guards
+    rows = -(-num_tokens // size)
+    start = min(rank % size * rows, num_tokens)
+    plain = [rows, rows, rows * size, start, min(rows, num_tokens - start), 0, num_tokens, num_tokens + 3]
+    plain += [max(3, num_tokens), num_tokens, rows, num_tokens, rank * 3 + num_tokens]
+    assert [int(value) for value in found] == plain
+
+
+@given(counts=st.lists(COUNTS, min_size=1, max_size=20))
+def test_offsets_and_largest(counts: list[int]) -> None:
+    assert layout.offsets(counts) == [sum(counts[:index]) for index in range(len(counts))]
+    assert layout.largest(counts) == max(counts)
+
+
+def test_ranks_are_laid_out_tp_fastest() -> None:
+    ranks = [
+        layout.expert_parallel_rank(d, p, t, pcp_size=2, tp_size=4)
+        for d in range(3)
+        for p in range(2)
+        for t in range(4)
+    ]
+    assert ranks == list(range(24))
+
+
+def test_rows_are_gathered_over_dp_inside_pcp() -> None:
+    rows = [
+        layout.gathered_row(p, d, token, max_tokens_across_dp=3, max_tokens_across_pcp=7)
+        for p in range(2)
+        for d in range(2)
+        for token in range(3)
+    ]
+    assert rows == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
