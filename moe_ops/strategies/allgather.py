@@ -148,14 +148,14 @@ def _gather_over_dp(
 def _gather_over_ep(
     tensors: Sequence[torch.Tensor], groups: ParallelGroups, num_tokens_across_ep: Sequence[int] | None
 ) -> tuple[list[torch.Tensor], State]:
-    counts = None if num_tokens_across_ep is None else list(num_tokens_across_ep)
+    counts = None if num_tokens_across_ep is None else tuple(num_tokens_across_ep)
     if groups.ep.size == 1:
         num_tokens = tensors[0].shape[0]
         if counts is not None:
             shapes.check_counts("prepare", num_tokens, counts, 1, 0)
-        return list(tensors), ExpertParallelState(num_tokens, num_tokens, tuple(counts or ()))
+        return list(tensors), ExpertParallelState(num_tokens, num_tokens, counts or ())
     gathered, num_tokens, padded = prepare_allgather_ep(tensors, counts, *groups.ep)
-    return gathered, ExpertParallelState(num_tokens, padded, tuple(counts or ()))
+    return gathered, ExpertParallelState(num_tokens, padded, counts or ())
 
 
 def prepare(
@@ -197,7 +197,7 @@ def finalize(
     if isinstance(state, ExpertParallelState):
         if groups.ep.size == 1:
             return _unchanged(hidden_states, state)
-        counts = list(state.num_tokens_across_ep) or None
+        counts = state.num_tokens_across_ep or None
         summed: torch.Tensor = finalize_allgather_ep(hidden_states, state.num_tokens, counts, *groups.ep[:2])
         return summed
     if isinstance(state, UnchangedState):
