@@ -8,13 +8,27 @@ from collections.abc import Sequence
 
 import torch
 
-from fake_impls.checks import check_at_most, check_dim, check_dtype, check_equal, check_same_rows
+from fake_impls.checks import check_at_most, check_dim, check_dtype, check_equal, check_multiple, check_same_rows
 from fake_impls.layout import largest
 
 
 def row_bytes(tensor: torch.Tensor) -> int:
     """Bytes of one row (one index of dim 0)."""
     return math.prod(tensor.shape[1:]) * tensor.element_size()
+
+
+def chunk_tokens(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fill: int = 0) -> torch.Tensor:
+    """``[T, ...] -> [padded_rows / num_chunks, ...]``."""
+    check_chunk_tokens(x, padded_rows, num_chunks)
+    return x.new_empty(padded_rows // num_chunks, *x.shape[1:])
+
+
+def check_chunk_tokens(x: torch.Tensor, padded_rows: int, num_chunks: int) -> None:
+    """Rows that fit into equal chunks."""
+    if x.dim() < 1:
+        raise ValueError("chunk_tokens: x must have at least 1 dimension, got 0-D")
+    check_multiple("chunk_tokens", "padded_rows", padded_rows, num_chunks, "num_chunks")
+    check_at_most("chunk_tokens", "rows of x", x.shape[0], padded_rows, "padded_rows")
 
 
 def pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:

@@ -3,12 +3,22 @@
 from moe_ops import reference
 from moe_ops.dynamic import mark_token_axes, token_count
 from moe_ops.groups import Group, ParallelGroups
-from moe_ops.quantize import dequantize_activations, quantize_activations
+from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
 from moe_ops.stage import moe_stage
 from moe_ops.strategies import finalize, lay_out_like_prepared, output_reduction, prepare
-from moe_ops.types import ExpertWeights, PrepareOutput, Quant, Reduction, Routing, Strategy
+from moe_ops.types import (
+    Dispatch,
+    ExpertWeights,
+    PrepareOutput,
+    Quant,
+    Reduction,
+    Routing,
+    SharedExperts,
+    Strategy,
+)
 
 __all__ = [
+    "Dispatch",
     "ExpertWeights",
     "Group",
     "ParallelGroups",
@@ -16,8 +26,10 @@ __all__ = [
     "Quant",
     "Reduction",
     "Routing",
+    "SharedExperts",
     "Strategy",
     "dequantize_activations",
+    "dequantize_weights",
     "finalize",
     "lay_out_like_prepared",
     "mark_token_axes",
@@ -25,6 +37,7 @@ __all__ = [
     "output_reduction",
     "prepare",
     "quantize_activations",
+    "quantize_weights",
     "reference",
     "token_count",
 ]

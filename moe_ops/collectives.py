@@ -28,6 +28,11 @@ def chunk_rows(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fi
     return chunks.select(0, rank).clone()
 
 
+def _chunk_tokens(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fill: int = 0) -> torch.Tensor:
+    shapes.check_chunk_tokens(x, padded_rows, num_chunks)
+    return chunk_rows(x, padded_rows, num_chunks, rank, fill)
+
+
 def pad_rows(x: torch.Tensor, rows: int, fill: int = 0) -> torch.Tensor:
     """``[T, ...] -> [rows, ...]``. `x` itself where it is known to have as many."""
     missing = rows - x.shape[0]
@@ -124,6 +129,10 @@ compact_rows = define(
     "compact_rows(Tensor x, SymInt[] counts) -> Tensor", kernel=_compact_rows, fake=shapes.compact_rows
 )
 expand_rows = define("expand_rows(Tensor x, SymInt[] counts) -> Tensor", kernel=_expand_rows, fake=shapes.expand_rows)
+chunk_tokens = define(
+    "chunk_tokens(Tensor x, SymInt padded_rows, int num_chunks, SymInt rank, int fill=0) -> Tensor",
+    composite=_chunk_tokens,
+)
 all_reduce = define("all_reduce(Tensor x, str group, int size) -> Tensor", composite=_all_reduce)
 
 

@@ -1,47 +1,87 @@
-"""The experts: a gated MLP for each group of rows. R rows, E experts of this rank, H hidden, I intermediate."""
+"""The experts: a gated MLP for each group of rows. R rows, E experts of this rank, H hidden, I intermediate, N outputs."""
 
 import torch
 import torch.nn.functional as F
 
 from fake_impls import experts as shapes
 from moe_ops._library import define
-from moe_ops.types import ExpertWeights
+from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations
+from moe_ops.types import ExpertWeights, Quant
 
 ALIGNMENT = 16  # bytes; F.grouped_mm rejects rows that are no multiple of it
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of GPT-OSS
 
 
-def _grouped_linear(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` of each group of rows. Rows past the last end are uninitialised."""
-    missing = -x_RK.shape[1] % (ALIGNMENT // x_RK.element_size())
-    if missing:
-        x_RK, weight_ENK = F.pad(x_RK, (0, missing)), F.pad(weight_ENK, (0, missing))
-    return F.grouped_mm(x_RK.contiguous(), weight_ENK.transpose(1, 2), offs=ends_E)
-
-
-def _grouped_experts(rows: torch.Tensor, counts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    shapes.check_experts(rows, counts, w13, w2)
+def _grouped_linear(
+    rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    shapes.check_grouped_linear(rows, counts, weight, bias)
     ends_E = counts.cumsum(0, dtype=torch.int32)
-    gate_RI, up_RI = _grouped_linear(rows, w13, ends_E).chunk(2, dim=-1)
-    down_RH = _grouped_linear(F.silu(gate_RI) * up_RI, w2, ends_E)
-    is_filled_R = torch.arange(rows.shape[0], device=rows.device) < ends_E[-1:]
-    return torch.where(is_filled_R.unsqueeze(1), down_RH, 0)
+    outputs = weight.shape[1]
+    rows, weight = _align(rows, 1), _align(_align(weight, 2), 1)
+    result_RN = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends_E)[:, :outputs]
+    row_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
+    if bias is not None:
+        expert_R = torch.searchsorted(ends_E, row_R, right=True).clamp(max=counts.shape[0] - 1)
+        result_RN = result_RN + bias[expert_R]
+    # Rows past the last group are uninitialised.
+    filled_RN = torch.where((row_R < ends_E[-1:]).unsqueeze(1), result_RN, 0)
+    return filled_RN.clone(memory_format=torch.contiguous_format)
+
+
+def _align(x: torch.Tensor, dim: int) -> torch.Tensor:
+    missing = -x.shape[dim] % (ALIGNMENT // x.element_size())
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 # One node of ours, because the Meta of F.grouped_mm rejects float32 on CPU: fullgraph fails on the aten op itself.
-grouped_experts = define(
-    "grouped_experts(Tensor rows, Tensor counts, Tensor w13, Tensor w2) -> Tensor",
-    kernel=_grouped_experts,
-    fake=shapes.grouped_experts,
+grouped_linear = define(
+    "grouped_linear(Tensor rows, Tensor counts, Tensor weight, Tensor? bias) -> Tensor",
+    kernel=_grouped_linear,
+    fake=shapes.grouped_linear,
 )
 
 
-def run_experts(rows: torch.Tensor, counts: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
-    """``w2 @ (silu(gate) * up)`` of each row, with the weights of its group's expert.
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """``[R, 2 * I] -> [R, I]``: the gate's activation times up.
+
+    Sources: SwiGLU and GEGLU, `arXiv:2002.05202 <https://arxiv.org/abs/2002.05202>`_, equations 5 and 6; ``"swigluoai"``, the
+    clamped form of GPT-OSS with gate and up in turn: ``GptOssExperts`` of Transformers.
+    """
+    if activation not in shapes.ACTIVATIONS:
+        raise ValueError(f"experts: activation must be one of {shapes.ACTIVATIONS}, got {activation!r}")
+    if activation == "swigluoai":
+        gate, up = x[:, ::2].clamp(max=SWIGLU_LIMIT), x[:, 1::2].clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * torch.sigmoid(gate * SWIGLU_ALPHA) * (up + 1)
+    gate, up = x.chunk(2, dim=1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def run_experts(
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    experts: ExpertWeights,
+    *,
+    scale: torch.Tensor | None = None,
+    quant: Quant = Quant.NONE,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``w2 @ activation(w13 @ x)`` of each row, with the weights of its group's expert.
+
+    With quantised weights or activations, the values that they stand for are multiplied, in float32: what a kernel of the
+    format computes, but for the order of its sums. Activations are quantised before either product, and the first time only
+    if they do not come with scales.
 
     Args:
-        rows: ``[R, H]`` float32, bfloat16 or float16, grouped by expert; rows past the last group may hold anything.
+        rows: ``[R, H]`` float32, bfloat16 or float16, or quantised; grouped by expert; rows past the last group may hold
+            anything.
         counts: int64 ``[E]``, rows of each group, on the device of the rows.
-        experts: w13 ``[E, 2 * I, H]``, w2 ``[E, H, I]``, of the dtype of the rows.
+        experts: w13 ``[E, 2 * I, H]``, w2 ``[E, H, I]``, of the dtype of the rows or quantised.
+        scale: scales of `rows`, if they are quantised.
+        quant: what is done to activations.
+        dtype: of the result; None: that of `rows`. Needed with `scale`.
 
     Returns:
         ``[R, H]``, zero past the last group.
@@ -49,8 +89,39 @@ def run_experts(rows: torch.Tensor, counts: torch.Tensor, experts: ExpertWeights
     Raises:
         ValueError: shapes do not fit each other.
         TypeError: a dtype is not supported, or differs from that of the rows.
-
-    Source: SwiGLU, `arXiv:2002.05202 <https://arxiv.org/abs/2002.05202>`_, equation 6.
     """
-    output: torch.Tensor = grouped_experts(rows, counts, experts.w13, experts.w2)
-    return output
+    if scale is not None and dtype is None:
+        raise ValueError("experts: dtype must be given for quantised rows, got None")
+    dtype = rows.dtype if dtype is None else dtype
+    hidden_size = experts.w2.shape[1]
+    is_quantized = quant is not Quant.NONE or experts.w13_scale is not None or experts.w2_scale is not None
+    product_dtype = torch.float32 if is_quantized else rows.dtype
+    x = _values(rows, scale, quant, hidden_size)
+    w13 = _plain(experts.w13, experts.w13_scale, hidden_size, product_dtype)
+    gated = grouped_linear(x.to(product_dtype), counts, w13, _bias(experts.w13_bias, product_dtype))
+    inner = activate(gated, experts.activation)
+    w2 = _plain(experts.w2, experts.w2_scale, inner.shape[1], product_dtype)
+    output = grouped_linear(
+        _values(inner, None, quant, inner.shape[1]), counts, w2, _bias(experts.w2_bias, product_dtype)
+    )
+    result: torch.Tensor = output.to(dtype)
+    return result
+
+
+def _values(x: torch.Tensor, scale: torch.Tensor | None, quant: Quant, width: int) -> torch.Tensor:
+    """The values that `x` has once it is quantised (which it is already, with scales), in float32; `x` itself without."""
+    if quant is Quant.NONE:
+        return x
+    if scale is None:
+        x, scale = quantize_activations(x, quant=quant)
+    return dequantize_activations(x, scale, quant=quant, hidden_size=width)
+
+
+def _plain(weight: torch.Tensor, scale: torch.Tensor | None, inputs: int, dtype: torch.dtype) -> torch.Tensor:
+    if scale is None:
+        return weight if weight.dtype == dtype or dtype is not torch.float32 else weight.to(dtype)
+    return dequantize_weights(weight, scale, num_inputs=inputs)
+
+
+def _bias(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return bias if bias is None or dtype is not torch.float32 else bias.to(dtype)

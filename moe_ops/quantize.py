@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls import quantize as shapes
-from fake_impls.checks import check_choice, check_dtype
+from fake_impls.checks import check_choice, check_dim, check_dtype
 from fake_impls.quantize import BLOCK
 from moe_ops._library import define
 from moe_ops.types import Quant
 
-INT8_MAX = 127
+INT8_MAX, INT4_MAX = 127, 7
 E4M3_MAX, E4M3_EMAX = 448.0, 8
 E2M1_MAX, E2M1_EMAX = 6.0, 2
 E8M0_BIAS, E8M0_NAN = 127, 255
@@ -197,6 +197,58 @@ def dequantize_activations(
     if hidden_size is not None and hidden_size != values.shape[1]:
         raise ValueError(f"dequantize_activations: hidden_size must be {values.shape[1]}, got {hidden_size}")
     return values
+
+
+def quantize_weights(weight: torch.Tensor, *, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise the weights of experts along their inputs, for `ExpertWeights` and their scales.
+
+    | quant | elements | scale |
+    |---|---|---|
+    | W8A8 | int8 ``[E, N, K]`` | float32 ``[E, N]``, one a channel: amax / 127 |
+    | W4A8 | uint8 ``[E, N, ceil(K / 2)]``: two int4 (two's complement), the first in the low bits | likewise: amax / 7 |
+    | MXFP8, MXFP4 | as those of activations | as those of activations: a block of 32 inputs |
+
+    Args:
+        weight: ``[E, N, K]`` float32, bfloat16 or float16: N outputs, K inputs.
+        quant: the format; not ``Quant.NONE``.
+    """
+    _format("quantize_weights", quant)
+    check_dim("quantize_weights", "weight", weight, 3)
+    flat = weight.flatten(0, 1)
+    if quant is Quant.W4A8:
+        step = flat.to(torch.float32).abs().amax(dim=1, keepdim=True) / INT4_MAX
+        rounded = torch.where(step > 0, (flat / step).round().clamp(-INT4_MAX, INT4_MAX), 0.0).to(torch.int8)
+        low, high = F.pad(rounded, (0, flat.shape[1] % 2)).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+        quantized, scale = (low & 0xF) | (high << 4), step.squeeze(1)
+    else:
+        quantized, scale = quantize_activations(flat, quant=quant)
+    leading = weight.shape[:2]
+    return quantized.view(*leading, quantized.shape[1]), scale.view(*leading, *scale.shape[1:])
+
+
+def dequantize_weights(
+    weight: torch.Tensor, scale: torch.Tensor, *, num_inputs: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The values of `quantize_weights`, ``[E, N, num_inputs]``; the dtype of `weight` says the format."""
+    check_dim("dequantize_weights", "weight", weight, 3)
+    if weight.dtype in (torch.int8, torch.uint8):
+        check_dtype("dequantize_weights", "scale", scale, (torch.float32,))
+        if scale.shape != weight.shape[:2]:
+            raise ValueError(f"dequantize_weights: scale must be {tuple(weight.shape[:2])}, got {tuple(scale.shape)}")
+        values = weight if weight.dtype is torch.int8 else _unpack_int4(weight)[..., :num_inputs]
+        return (values.to(torch.float32) * scale.unsqueeze(2)).to(dtype)
+    check_dtype("dequantize_weights", "weight", weight, (torch.float8_e4m3fn, torch.float4_e2m1fn_x2))
+    quant = Quant.MXFP8 if weight.dtype is torch.float8_e4m3fn else Quant.MXFP4
+    flat = dequantize_activations(
+        weight.flatten(0, 1), scale.flatten(0, 1), quant=quant, dtype=dtype, hidden_size=num_inputs
+    )
+    return flat.view(*weight.shape[:2], num_inputs)
+
+
+def _unpack_int4(pairs: torch.Tensor) -> torch.Tensor:
+    """``uint8 [..., P] -> int8 [..., 2 * P]``: sign-extended, the low bits first."""
+    codes = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(-2).to(torch.int8)
+    return torch.where(codes > INT4_MAX, codes - 16, codes)
 
 
 def _format(op: str, quant: Quant) -> Quant:

@@ -1,49 +1,183 @@
-"""Routing: from router logits to the experts of each token and their weights. T tokens, E experts, K top-k."""
+"""Routing: from router logits to the experts of each token and their weights.
+
+T tokens, E experts, K top-k, V vocabulary, G groups of experts, R replicas.
+"""
 
 import torch
+import torch.nn.functional as F
 
 from fake_impls import route as shapes
 from moe_ops._library import define
 from moe_ops.types import Routing
 
+EPSILON = 1e-20  # as DeepSeek-V3: a sum of sigmoids may underflow
 
-def _route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, ...]:
-    shapes.check_route(router_logits, top_k)
-    scores_TE = torch.softmax(router_logits, dim=-1, dtype=torch.float32)
-    # A stable sort, because topk breaks ties in any order: equal scores go to the lowest id.
-    weights_TE, ids_TE = torch.sort(scores_TE, dim=-1, descending=True, stable=True)
-    weights_TK, ids_TK = weights_TE[:, :top_k], ids_TE[:, :top_k].to(torch.int32)
+
+def _route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    num_expert_group: int,
+    topk_group: int,
+    e_score_correction_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    is_active: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    token_to_experts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights_TK, ids_TK = shapes.route(
+        router_logits,
+        top_k,
+        scoring,
+        renormalize,
+        num_expert_group,
+        topk_group,
+        e_score_correction_bias,
+        routed_scaling_factor,
+        is_active,
+        input_ids,
+        token_to_experts,
+    )
+    scores_TE = _score(router_logits.to(torch.float32), scoring)
+    if token_to_experts is not None and input_ids is not None:
+        chosen_TK = token_to_experts[input_ids.clamp(min=0)].to(torch.int64)
+        is_known_T = input_ids >= 0
+        is_active = is_known_T if is_active is None else is_active & is_known_T
+    else:
+        choice_TE = scores_TE if e_score_correction_bias is None else scores_TE + e_score_correction_bias
+        if topk_group < num_expert_group:
+            choice_TE = _mask_groups(choice_TE, num_expert_group, topk_group, e_score_correction_bias is not None)
+        chosen_TK = _best(choice_TE, top_k)
+    chosen_weights_TK = scores_TE.gather(1, chosen_TK)
     if renormalize:
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    # A plain clone keeps the strides of the slice where it has no rows or one.
-    return tuple(chosen.clone(memory_format=torch.contiguous_format) for chosen in (weights_TK, ids_TK))
+        chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
+    chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
+    if is_active is not None:
+        chosen_weights_TK = torch.where(is_active.unsqueeze(1), chosen_weights_TK, 0.0)  # which may be NaN
+        chosen_TK = torch.where(is_active.unsqueeze(1), chosen_TK, -1)
+    return weights_TK.copy_(chosen_weights_TK), ids_TK.copy_(chosen_TK)
+
+
+def _score(logits_TE: torch.Tensor, scoring: str) -> torch.Tensor:
+    if scoring == "softmax":
+        return torch.softmax(logits_TE, dim=1)
+    return torch.sigmoid(logits_TE) if scoring == "sigmoid" else F.softplus(logits_TE).sqrt()
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the largest of each row. A stable sort, because topk breaks ties in any order: the lowest index wins."""
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def _mask_groups(choice_TE: torch.Tensor, num_groups: int, topk_group: int, has_bias: bool) -> torch.Tensor:
+    """-inf for the experts of groups that are not chosen, so that none of them can win, whatever the sign of the scores."""
+    choice_TGS = choice_TE.unflatten(1, (num_groups, -1))
+    best = choice_TGS.topk(min(2 if has_bias else 1, choice_TGS.shape[2]), dim=2).values
+    chosen_TG = torch.zeros_like(best[:, :, 0], dtype=torch.bool).scatter_(1, _best(best.sum(dim=2), topk_group), True)
+    return torch.where(chosen_TG.unsqueeze(2), choice_TGS, -torch.inf).flatten(1)
+
+
+def _map_to_physical(topk_ids: torch.Tensor, logical_to_physical: torch.Tensor) -> torch.Tensor:
+    physical_TK = shapes.map_to_physical(topk_ids, logical_to_physical)
+    slots_ER = logical_to_physical if logical_to_physical.dim() == 2 else logical_to_physical.unsqueeze(1)
+    logical_TK = topk_ids.clamp(min=0).to(torch.int64)
+    num_replicas_TK = (slots_ER >= 0).sum(dim=1)[logical_TK].clamp(min=1)
+    token_T1 = torch.arange(topk_ids.shape[0], device=topk_ids.device).unsqueeze(1)
+    slots_TK = slots_ER[logical_TK, token_T1 % num_replicas_TK]
+    return physical_TK.copy_(torch.where(topk_ids >= 0, slots_TK, -1))
+
+
+def _count_expert_load(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    shapes.count_expert_load(topk_ids, num_experts)
+    ids_R = topk_ids.flatten().to(torch.int64)
+    ids_R = torch.where(ids_R >= 0, ids_R, num_experts)  # one more slot, for choices of nothing
+    counts = ids_R.new_zeros(num_experts + 1).scatter_add_(0, ids_R, torch.ones_like(ids_R))
+    return counts[:num_experts].clone()
 
 
 _route_op = define(
-    "route(Tensor router_logits, int top_k, bool renormalize) -> (Tensor, Tensor)", kernel=_route, fake=shapes.route
+    "route(Tensor router_logits, int top_k, str scoring, bool renormalize, int num_expert_group, int topk_group,"
+    " Tensor? e_score_correction_bias, float routed_scaling_factor, Tensor? is_active, Tensor? input_ids,"
+    " Tensor? token_to_experts) -> (Tensor, Tensor)",
+    kernel=_route,
+    fake=shapes.route,
+)
+map_to_physical = define(
+    "map_to_physical(Tensor topk_ids, Tensor logical_to_physical) -> Tensor",
+    kernel=_map_to_physical,
+    fake=shapes.map_to_physical,
+)
+_count_expert_load_op = define(
+    "count_expert_load(Tensor topk_ids, int num_experts) -> Tensor",
+    kernel=_count_expert_load,
+    fake=shapes.count_expert_load,
 )
 
 
-def route(router_logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the `top_k` experts of each token by softmax score, ties to the lowest id.
+def route(
+    router_logits: torch.Tensor,
+    routing: Routing,
+    *,
+    is_active: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the experts of each token and weigh them. All arithmetic is float32; ties go to the lowest id.
+
+    With groups, a group's score is its best expert's, or with a bias the sum of its best two; experts outside the chosen
+    groups are never chosen.
 
     Args:
-        router_logits: ``[T, E]``, any floating dtype; the arithmetic is float32.
-        routing: `top_k`, `num_experts` and `renormalize`.
+        router_logits: ``[T, E]`` float32, bfloat16 or float16.
+        routing: how.
+        is_active: bool ``[T]``: rows that are not (padding) are routed nowhere. None: all are.
+        input_ids: int ``[T]``, for hash routing; a negative id is routed nowhere.
 
     Returns:
-        ``topk_weights`` float32 ``[T, K]``, in descending order, whatever the dtype of the activations, and ``topk_ids``
-        int32 ``[T, K]``. No tokens give no rows.
+        ``topk_weights`` float32 ``[T, K]``, whatever the dtype of the activations, and ``topk_ids`` int32 ``[T, K]``: slots
+        where `routing` maps experts to slots, -1 (and weight 0) for rows that go nowhere. No tokens give no rows.
 
     Raises:
-        ValueError: `router_logits` has not `num_experts` columns, or `top_k` is not in [1, num_experts].
+        ValueError: an argument or a field of `routing` does not fit the others; the message names it.
+        TypeError: a dtype is not supported.
 
-    Source: the routers of Mixtral (`arXiv:2401.04088 <https://arxiv.org/abs/2401.04088>`_, section 2.1: the softmax over
-    the chosen logits is the softmax over all, renormalised) and Qwen3-MoE (`norm_topk_prob`).
+    Sources: softmax: Mixtral (`arXiv:2401.04088 <https://arxiv.org/abs/2401.04088>`_, section 2.1; a softmax over the chosen
+    logits, as there and in GPT-OSS, is the softmax over all, renormalised) and Qwen3-MoE (``norm_topk_prob``). sigmoid,
+    bias, groups and factor: DeepSeek-V3 (`arXiv:2412.19437 <https://arxiv.org/abs/2412.19437>`_, equations 12 to 16 and
+    ``DeepseekV3TopkRouter`` of Transformers); groups without a bias: DeepSeek-V2 (`arXiv:2405.04434
+    <https://arxiv.org/abs/2405.04434>`_, section 2.2.2). sqrtsoftplus and hash routing: DeepSeek-V4, as vLLM serves it.
     """
-    if routing.scoring != "softmax":
-        raise ValueError(f"route: routing.scoring must be 'softmax', got {routing.scoring!r}")
     if router_logits.dim() == 2 and router_logits.shape[1] != routing.num_experts:
         raise ValueError(f"route: router_logits must be [T, {routing.num_experts}], got {tuple(router_logits.shape)}")
-    topk_weights, topk_ids = _route_op(router_logits, routing.top_k, routing.renormalize)
+    if (routing.num_expert_group is None) != (routing.topk_group is None):
+        raise ValueError(
+            f"route: num_expert_group and topk_group must be given together, got {routing.num_expert_group} and "
+            f"{routing.topk_group}"
+        )
+    topk_weights, topk_ids = _route_op(
+        router_logits,
+        routing.top_k,
+        routing.scoring,
+        routing.renormalize,
+        routing.num_expert_group or 1,
+        routing.topk_group or 1,
+        routing.e_score_correction_bias,
+        routing.routed_scaling_factor,
+        is_active,
+        input_ids,
+        routing.token_to_experts,
+    )
+    if routing.logical_to_physical is not None:
+        topk_ids = map_to_physical(topk_ids, routing.logical_to_physical)
     return topk_weights, topk_ids
+
+
+def count_expert_load(topk_ids: torch.Tensor, *, num_experts: int) -> torch.Tensor:
+    """How often each expert was chosen, int64 ``[num_experts]``: what an expert balancer sums over steps and ranks.
+
+    Args:
+        topk_ids: int ``[T, K]``; -1 counts nowhere.
+        num_experts: ids are below it; with redundant experts, the number of slots.
+    """
+    load: torch.Tensor = _count_expert_load_op(topk_ids, num_experts)
+    return load

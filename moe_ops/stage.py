@@ -1,17 +1,40 @@
 """The whole stage, composed of its steps: prepare -> route -> dispatch -> experts -> combine -> finalize."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from fake_impls.checks import check_at_most, check_choice
 from fake_impls.layout import common_rows
-from moe_ops.dispatchers.all_to_all import combine_all_to_all, dispatch_all_to_all
-from moe_ops.dispatchers.local import combine_local, dispatch_local
+from fake_impls.strategies.all2all import check_tokens
+from moe_ops.collectives import all_reduce
+from moe_ops.dispatchers.all_to_all import combine_all_to_all, dispatch_all_to_all, group_received
+from moe_ops.dispatchers.fixed_capacity import combine_fixed_capacity, dispatch_fixed_capacity
+from moe_ops.dispatchers.local import LocalDispatch, combine_local, dispatch_local, weigh_input
 from moe_ops.experts import run_experts
-from moe_ops.groups import Group, ParallelGroups
+from moe_ops.groups import ParallelGroups
+from moe_ops.quantize import quantize_activations
 from moe_ops.route import route
-from moe_ops.strategies import active_rows, allgather, finalize, prepare
-from moe_ops.types import ExpertWeights, PrepareOutput, Routing, Strategy
+from moe_ops.shared_experts import run_shared_experts
+from moe_ops.strategies import active_rows, allgather, finalize, lay_out_like_prepared, output_reduction, prepare
+from moe_ops.types import (
+    Dispatch,
+    ExpertWeights,
+    PrepareOutput,
+    Quant,
+    Reduction,
+    Routing,
+    SharedExperts,
+    State,
+    Strategy,
+)
+
+DEFAULT_DISPATCH = {
+    Strategy.ALLGATHER: Dispatch.LOCAL,
+    Strategy.ALL2ALL: Dispatch.ALL_TO_ALL,
+    Strategy.MC2: Dispatch.FIXED_CAPACITY,
+}
 
 
 def moe_stage(
@@ -22,6 +45,7 @@ def moe_stage(
     routing: Routing,
     strategy: Strategy,
     groups: ParallelGroups,
+    dispatch: Dispatch | None = None,
     reduce_results: bool = False,
     padded_num_tokens: int | None = None,
     mc2_mask: torch.Tensor | None = None,
@@ -30,57 +54,60 @@ def moe_stage(
     num_tokens_across_ep: Sequence[int] | None = None,
     tokens_are_sharded: bool = False,
     shared_expert_dp: bool = False,
+    quant: Quant = Quant.NONE,
+    input_ids: torch.Tensor | None = None,
+    shared_experts: SharedExperts | None = None,
 ) -> torch.Tensor:
     """Run this rank's part of a MoE layer. Rows that pad are routed nowhere and change no real row.
-
-    ALL2ALL and MC2 exchange rows by an even all-to-all over EP, for which all its ranks need the same number of rows: MC2
-    has it by contract; ALL2ALL takes it from `max_tokens_across_dp` (from `num_tokens_across_ep` when sharded), or holds the
-    counts to be equal where that is None. ALLGATHER routes before it gathers, so that ids and weights travel (8 K bytes a
-    token) and not logits (4 E).
 
     Args:
         hidden_states: ``[T, H]`` float32, bfloat16 or float16.
         router_logits: ``[T, E]``.
-        experts: this rank's experts, ``E / EP`` of them. Without an EP group: all experts, their intermediate axis
-            sharded over DP x PCP x TP.
+        experts: this rank's experts, ``(E + num_redundant_experts) / EP`` of them. Without an EP group: all of them; in the
+            ALLGATHER DP form, their intermediate axis sharded over DP x PCP x TP.
         routing: how experts are chosen.
-        strategy: how tokens reach the ranks of their experts.
+        strategy: how tokens reach the ranks of their experts. ALLGATHER routes before it gathers: ids and weights travel (8 K
+            bytes a token), not logits (4 E).
         groups: the process groups.
-        reduce_results: as in `finalize`: the ALLGATHER DP form returns one TP rank's summand without it.
+        dispatch: LOCAL goes with ALLGATHER, the others with ALL2ALL and MC2. None: ALLGATHER LOCAL, ALL2ALL ALL_TO_ALL, MC2
+            FIXED_CAPACITY. Without an EP group nothing is exchanged.
+        reduce_results: as in `finalize`. The ALLGATHER DP form returns one TP rank's summand without it, shared experts
+            included: `output_reduction` says so.
         padded_num_tokens: as in `prepare`.
-        mc2_mask: as in `prepare`. Tokens that it excludes come back as zero.
-        max_tokens_across_dp: as in `prepare`; ALL2ALL: the largest T of any rank.
+        mc2_mask: as in `prepare`. Tokens that it excludes come back as zero (from the routed experts).
+        max_tokens_across_dp: as in `prepare`; ALL2ALL with FIXED_CAPACITY: the largest T of any rank.
         max_tokens_across_pcp: as in `prepare`.
-        num_tokens_across_ep: as in `prepare`; ALL2ALL, sharded: T of each EP rank.
+        num_tokens_across_ep: as in `prepare`; ALL2ALL with FIXED_CAPACITY, sharded: T of each EP rank. Shared experts of a
+            shard read the rows of the TP group's other ranks from it.
         tokens_are_sharded: as in `prepare`.
         shared_expert_dp: as in `prepare`.
+        quant: what is done to activations before they travel (ALLGATHER EP form, ALL_TO_ALL, FIXED_CAPACITY) or where they are
+            (ALLGATHER DP form), and again between the experts' two products.
+        input_ids: int ``[T]``, for hash routing.
+        shared_experts: experts that every token goes through, which are added.
 
     Returns:
         ``[T, H]``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as the steps do.
+        ValueError, TypeError, RuntimeError: as the steps do, and for arguments that do not go together.
+
+    For what it does not return (expert load, rows beyond a smaller capacity) compose the steps: each is a function of its own.
     """
-    num_local_experts = experts.w13.shape[0]
-    if num_local_experts * groups.ep.size != routing.num_experts:
-        raise ValueError(
-            f"moe_stage: experts must hold num_experts / EP = {routing.num_experts} / {groups.ep.size} experts, "
-            f"got {num_local_experts}"
-        )
-    if strategy is Strategy.ALLGATHER and not tokens_are_sharded:
-        _check_all_axes_are_summed(groups)
+    layer = _Layer(experts, routing, strategy, groups, _dispatch_kind(strategy, groups, dispatch), quant)
+    _check(layer, tokens_are_sharded)
+    counts = num_tokens_across_ep
     if strategy is Strategy.ALLGATHER:
-        topk_weights, topk_ids = route(router_logits, routing)
-        (hidden, topk_ids, topk_weights), state = allgather.gather(
-            [hidden_states, topk_ids, topk_weights],
-            fill=[0, -1, 0],
-            groups=groups,
+        routed = _run_gathered(
+            hidden_states,
+            router_logits,
+            layer,
+            input_ids,
             max_tokens_across_dp=max_tokens_across_dp,
             max_tokens_across_pcp=max_tokens_across_pcp,
-            num_tokens_across_ep=num_tokens_across_ep,
+            num_tokens_across_ep=counts,
             tokens_are_sharded=tokens_are_sharded,
         )
-        output = _run_local(hidden, topk_ids, topk_weights, experts, groups.ep)
     else:
         prepared = prepare(
             hidden_states,
@@ -92,43 +119,193 @@ def moe_stage(
             tokens_are_sharded=tokens_are_sharded,
             shared_expert_dp=shared_expert_dp,
         )
-        state, rows = prepared.state, prepared.hidden_states.shape[0]
-        if strategy is Strategy.ALL2ALL:  # MC2 has rows common to EP by contract
-            num_chunks = groups.tp.size if tokens_are_sharded or not shared_expert_dp else 1
-            counts = num_tokens_across_ep if tokens_are_sharded else None
-            rows = common_rows(rows, max_tokens_across_dp, counts, num_chunks)
-        output = _run_exchanged(prepared, rows, experts, routing, groups)
-    return finalize(output, state, strategy=strategy, groups=groups, reduce_results=reduce_results)
+        num_chunks = groups.tp.size if tokens_are_sharded or not shared_expert_dp else 1
+        common = prepared.hidden_states.shape[0]  # which MC2 has on all ranks of EP by contract
+        if strategy is Strategy.ALL2ALL:
+            common = common_rows(common, max_tokens_across_dp, counts if tokens_are_sharded else None, num_chunks)
+        routed = _run_exchanged(prepared, layer, input_ids, common)
+    return _finish(routed, layer, hidden_states, shared_experts, tokens_are_sharded, counts, reduce_results)
 
 
-def _check_all_axes_are_summed(groups: ParallelGroups) -> None:
-    """The ALLGATHER DP form sums over DP, PCP and TP: that must be all ranks that hold a share of the experts."""
-    ranks = groups.dp.size * groups.pcp.size * groups.tp.size
-    if groups.ep.size not in (1, ranks):
+class _Layer(NamedTuple):
+    """What is the same in every call of a layer."""
+
+    experts: ExpertWeights
+    routing: Routing
+    strategy: Strategy
+    groups: ParallelGroups
+    dispatch: Dispatch
+    quant: Quant
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.experts.w13.shape[0]
+
+    @property
+    def travels_quantized(self) -> bool:
+        """Whether activations are quantised before they travel. Weights on the input come first, where the experts are."""
+        return self.quant is not Quant.NONE and not self.routing.apply_router_weight_on_input
+
+
+class _Routed(NamedTuple):
+    """What the routed experts made of the prepared rows."""
+
+    hidden_states: torch.Tensor
+    state: State
+
+
+def _dispatch_kind(strategy: Strategy, groups: ParallelGroups, dispatch: Dispatch | None) -> Dispatch:
+    check_choice("moe_stage", "strategy", strategy, Strategy)
+    kind = DEFAULT_DISPATCH[strategy] if dispatch is None else dispatch
+    check_choice("moe_stage", "dispatch", kind, Dispatch)
+    if (strategy is Strategy.ALLGATHER) != (kind is Dispatch.LOCAL) and groups.ep.size > 1:
+        raise ValueError(f"moe_stage: dispatch must be LOCAL for ALLGATHER and for no other, got {kind} for {strategy}")
+    return kind if groups.ep.size > 1 else Dispatch.LOCAL
+
+
+def _check(layer: _Layer, tokens_are_sharded: bool) -> None:
+    groups, routing = layer.groups, layer.routing
+    check_choice("moe_stage", "quant", layer.quant, Quant)
+    num_slots = routing.num_experts + routing.num_redundant_experts
+    if layer.num_local_experts * groups.ep.size != num_slots:
+        raise ValueError(
+            f"moe_stage: experts must hold num_experts / EP = {num_slots} / {groups.ep.size} experts, "
+            f"got {layer.num_local_experts}"
+        )
+    # The ALLGATHER DP form sums over DP, PCP and TP: that must be all ranks that hold a share of the experts.
+    ranks = _num_summed(groups)
+    if layer.strategy is Strategy.ALLGATHER and not tokens_are_sharded and groups.ep.size not in (1, ranks):
         raise ValueError(
             f"moe_stage: ALLGATHER needs an EP group of DP * PCP * TP = {ranks} ranks, or none, got {groups.ep.size}"
         )
 
 
-def _run_exchanged(
-    prepared: PrepareOutput, rows: int, experts: ExpertWeights, routing: Routing, groups: ParallelGroups
-) -> torch.Tensor:
+def _num_summed(groups: ParallelGroups) -> int:
+    return groups.dp.size * groups.pcp.size * groups.tp.size
+
+
+def _run_gathered(
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    layer: _Layer,
+    input_ids: torch.Tensor | None,
+    *,
+    max_tokens_across_dp: int | None,
+    max_tokens_across_pcp: int | None,
+    num_tokens_across_ep: Sequence[int] | None,
+    tokens_are_sharded: bool,
+) -> _Routed:
+    """Route this rank's tokens, gather all, and compute this rank's share of each."""
+    check_tokens("prepare", hidden_states, router_logits)
+    topk_weights, topk_ids = route(router_logits, layer.routing, input_ids=input_ids)
+    tensors, fill = [hidden_states, topk_ids, topk_weights], [0, -1, 0]
+    if layer.travels_quantized and tokens_are_sharded:
+        quantized, scale = quantize_activations(hidden_states, quant=layer.quant)
+        tensors, fill = [quantized, topk_ids, topk_weights, scale], [0, -1, 0, 0]
+    gathered, state = allgather.gather(
+        tensors,
+        fill=fill,
+        groups=layer.groups,
+        max_tokens_across_dp=max_tokens_across_dp,
+        max_tokens_across_pcp=max_tokens_across_pcp,
+        num_tokens_across_ep=num_tokens_across_ep,
+        tokens_are_sharded=tokens_are_sharded,
+    )
+    if not tokens_are_sharded and layer.groups.ep.size == 1:
+        layer = layer._replace(experts=_bias_once(layer.experts, layer.groups))
+    dispatched = group_received(gathered, layer.num_local_experts, layer.groups.ep)
+    rows = _run_experts(dispatched, layer, hidden_states.dtype)
+    is_weighed = layer.routing.apply_router_weight_on_input
+    return _Routed(combine_local(rows, dispatched.state, is_weighed=is_weighed), state)
+
+
+def _run_exchanged(prepared: PrepareOutput, layer: _Layer, input_ids: torch.Tensor | None, common: int) -> _Routed:
     """Route the prepared rows, send them to their experts and the results back."""
-    hidden = prepared.hidden_states
-    topk_weights, topk_ids = route(prepared.router_logits, routing)
-    topk_ids = torch.where(active_rows(prepared, groups=groups).unsqueeze(1), topk_ids, -1)
-    if groups.ep.size == 1:
-        return _run_local(hidden, topk_ids, topk_weights, experts, groups.ep)
-    dispatched = dispatch_all_to_all(hidden, topk_ids, topk_weights, rows=rows, ep=groups.ep)
-    output = _run_local(*dispatched, experts, groups.ep)
-    return combine_all_to_all(output, num_rows=hidden.shape[0], rows=rows, ep=groups.ep)
+    x, state, ep, num_local = prepared.hidden_states, prepared.state, layer.groups.ep, layer.num_local_experts
+    if input_ids is not None:
+        input_ids = lay_out_like_prepared(input_ids, state, strategy=layer.strategy, groups=layer.groups)
+    is_active = active_rows(prepared, groups=layer.groups)
+    topk_weights, topk_ids = route(prepared.router_logits, layer.routing, is_active=is_active, input_ids=input_ids)
+    payload, scale = quantize_activations(x, quant=layer.quant) if layer.travels_quantized else (x, None)
+    is_weighed = layer.routing.apply_router_weight_on_input
+    if layer.dispatch is Dispatch.LOCAL:
+        dispatched = dispatch_local(
+            payload, topk_ids, topk_weights, first_expert=0, num_local_experts=num_local, scale=scale
+        )
+        rows = _run_experts(dispatched, layer, x.dtype)
+        return _Routed(combine_local(rows, dispatched.state, is_weighed=is_weighed), state)
+    if layer.dispatch is Dispatch.ALL_TO_ALL:
+        dispatched, sent = dispatch_all_to_all(
+            payload, topk_ids, topk_weights, num_local_experts=num_local, ep=ep, scale=scale
+        )
+        rows = _run_experts(dispatched, layer, x.dtype)
+        output = combine_all_to_all(rows, dispatched, sent, ep=ep, is_weighed=is_weighed)
+        return _Routed(output, state)
+    # As many as any rank has: nothing is dropped.
+    check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
+    dispatched, places = dispatch_fixed_capacity(
+        payload, topk_ids, topk_weights, capacity=common, num_local_experts=num_local, ep=ep, scale=scale
+    )
+    rows = _run_experts(dispatched, layer, x.dtype)
+    output = combine_fixed_capacity(rows, dispatched, places, ep=ep, is_weighed=is_weighed)
+    return _Routed(output, state)
 
 
-def _run_local(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: ExpertWeights, ep: Group
+def _run_experts(dispatched: LocalDispatch, layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
+    rows = dispatched.rows
+    if layer.routing.apply_router_weight_on_input:
+        rows = weigh_input(rows, dispatched.state)
+    return run_experts(rows, dispatched.counts, layer.experts, scale=dispatched.scale, quant=layer.quant, dtype=dtype)
+
+
+def _bias_once(experts: ExpertWeights, groups: ParallelGroups) -> ExpertWeights:
+    """Keep the output's bias on one of the ranks whose results are summed, where they share the intermediate axis."""
+    if experts.w2_bias is None or _num_summed(groups) == 1:
+        return experts
+    rank = (groups.dp.rank * groups.pcp.size + groups.pcp.rank) * groups.tp.size + groups.tp.rank
+    return experts._replace(w2_bias=_on_rank_zero(experts.w2_bias, rank))
+
+
+def _on_rank_zero(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """`x` on rank 0, zeros on the others; the rank may be symbolic."""
+    return torch.where(x.new_zeros(1) == rank, x, 0)
+
+
+def _finish(
+    routed: _Routed,
+    layer: _Layer,
+    hidden_states: torch.Tensor,
+    shared_experts: SharedExperts | None,
+    tokens_are_sharded: bool,
+    num_tokens_across_ep: Sequence[int] | None,
+    reduce_results: bool,
 ) -> torch.Tensor:
-    """The share of this rank's experts in each row."""
-    num_local_experts = experts.w13.shape[0]
-    first_expert = ep.rank * num_local_experts
-    dispatched = dispatch_local(hidden_states, topk_ids, first_expert=first_expert, num_local_experts=num_local_experts)
-    return combine_local(run_experts(dispatched.rows, dispatched.counts, experts), topk_weights, dispatched)
+    """Finalize and add the shared experts, so that every sum over TP is taken once."""
+    groups, strategy = layer.groups, layer.strategy
+    if shared_experts is None:
+        return finalize(
+            routed.hidden_states, routed.state, strategy=strategy, groups=groups, reduce_results=reduce_results
+        )
+    output = finalize(routed.hidden_states, routed.state, strategy=strategy, groups=groups)
+    first = groups.ep.rank - groups.tp.rank  # TP ranks follow one another in EP
+    counts = None if num_tokens_across_ep is None else num_tokens_across_ep[first : first + groups.tp.size]
+    shared, shared_reduction = run_shared_experts(
+        hidden_states,
+        shared_experts,
+        groups=groups,
+        tokens_are_sharded=tokens_are_sharded,
+        num_tokens_across_tp=counts if tokens_are_sharded else None,
+    )
+    reduction = output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=tokens_are_sharded)
+    if reduction is Reduction.COMPLETE:
+        return output + (shared if shared_reduction is Reduction.COMPLETE else _sum_over_tp(shared, groups))
+    if shared_reduction is Reduction.PARTIAL_OVER_TP:
+        return _sum_over_tp(output + shared, groups) if reduce_results else output + shared
+    if reduce_results:
+        return _sum_over_tp(output, groups) + shared
+    return output + _on_rank_zero(shared, groups.tp.rank)
+
+
+def _sum_over_tp(x: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
+    total: torch.Tensor = all_reduce(x, groups.tp.name, groups.tp.size)
+    return total

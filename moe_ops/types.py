@@ -91,29 +91,87 @@ class PrepareOutput(NamedTuple):
     state: State
 
 
+class Dispatch(enum.Enum):
+    """How rows reach the experts of other ranks."""
+
+    LOCAL = "local"
+    """Not at all: every row is here already, after an all-gather."""
+    ALL_TO_ALL = "all_to_all"
+    """An exchange of just the rows that are needed. Reads their number on the host, so it cannot be captured."""
+    FIXED_CAPACITY = "fixed_capacity"
+    """An even exchange of a fixed number of rows: static shapes, no host read, can be captured."""
+
+
 class Routing(NamedTuple):
     """How router logits become expert choices.
 
     Attributes:
         top_k: experts per token, at most ``num_experts``.
-        num_experts: experts of the whole layer; EP rank `r` holds the `r`-th equal run of them.
-        scoring: ``"softmax"`` over all experts, in float32.
+        num_experts: experts of the whole layer, the E of the logits.
+        scoring: ``"softmax"`` over all experts, ``"sigmoid"`` or ``"sqrtsoftplus"`` of each; in float32.
         renormalize: whether the chosen weights are divided by their sum.
+        num_expert_group: equal groups of consecutive experts, of which each token chooses `topk_group`; None: one group.
+        topk_group: groups that a token chooses from.
+        e_score_correction_bias: float ``[E]``, added to the scores for the choice, not for the weights.
+        routed_scaling_factor: factor of the weights, after they are renormalised.
+        token_to_experts: int ``[vocabulary, top_k]``: hash routing, where a token's id chooses its experts and its scores
+            only weigh them. Needs `input_ids`.
+        logical_to_physical: int ``[E]`` or ``[E, replicas]`` (-1 where an expert has fewer): slots of each expert, where
+            experts have redundant copies. Of several, token `i` of the call takes number `i` modulo how many there are.
+        num_redundant_experts: slots beyond E. EP rank `r` holds the `r`-th equal run of ``E + num_redundant_experts`` slots.
+        apply_router_weight_on_input: weigh what goes into an expert, and not again what comes out.
     """
 
     top_k: int
     num_experts: int
     scoring: str = "softmax"
     renormalize: bool = True
+    num_expert_group: int | None = None
+    topk_group: int | None = None
+    e_score_correction_bias: torch.Tensor | None = None
+    routed_scaling_factor: float = 1.0
+    token_to_experts: torch.Tensor | None = None
+    logical_to_physical: torch.Tensor | None = None
+    num_redundant_experts: int = 0
+    apply_router_weight_on_input: bool = False
 
 
 class ExpertWeights(NamedTuple):
     """Weights of the experts of one rank, in the layout that vLLM and Transformers hold.
 
     Attributes:
-        w13: gate and up projections, ``[E_local, 2 * I, H]``: the gate in the first ``I`` rows.
+        w13: gate and up projections, ``[E_local, 2 * I, H]``: the gate in the first ``I`` rows; for ``"swigluoai"`` gate and up
+            in turn, row by row, as GPT-OSS has them.
         w2: down projections, ``[E_local, H, I]``.
+        w13_bias: ``[E_local, 2 * I]``, or None.
+        w2_bias: ``[E_local, H]``, or None.
+        w13_scale: scales of quantised `w13`, as `quantize_weights` makes them, or None.
+        w2_scale: likewise, of `w2`.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` of the gate, times up; or ``"swigluoai"``.
     """
 
     w13: torch.Tensor
     w2: torch.Tensor
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    activation: str = "silu"
+
+
+class SharedExperts(NamedTuple):
+    """An MLP that every token goes through, beside the routed experts.
+
+    Attributes:
+        w13: ``[2 * I, H]``, the gate in the first ``I`` rows.
+        w2: ``[H, I]``.
+        is_tp_sharded: whether each TP rank holds its part of the intermediate axis, or all hold all of it.
+        gate: ``[1, H]``: the output is multiplied by ``sigmoid(x @ gate.T)``, as Qwen2-MoE does; or None.
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"`` of the gate projection.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    is_tp_sharded: bool
+    gate: torch.Tensor | None = None
+    activation: str = "silu"

@@ -1,47 +1,55 @@
 """Shapes of the local dispatch. N rows, K top-k, H hidden, E experts of this rank, R = N * K rows for the experts."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fake_impls.checks import check_dim, check_dtype, check_equal, check_same_rows
+from fake_impls.route import IDS
 
 
 def permute_by_expert(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[N, H], int [N, K] -> [R, H], int64 [E], int64 [N, K]``."""
-    check_permute(hidden_states, topk_ids, num_local_experts)
+    tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """``[N, ...] each, int [N, K] -> [R, ...] each, int64 [E], int64 [N, K]``."""
+    check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     return (
-        hidden_states.new_empty(num_rows * top_k, hidden_states.shape[1]),
+        [tensor.new_empty(num_rows * top_k, *tensor.shape[1:]) for tensor in tensors],
         topk_ids.new_empty(num_local_experts, dtype=torch.int64),
         topk_ids.new_empty(num_rows, top_k, dtype=torch.int64),
     )
 
 
-def unpermute(expert_rows: torch.Tensor, topk_weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """``[R, H], float32 [N, K], int64 [N, K] -> [N, H]``."""
-    check_unpermute(expert_rows, topk_weights, positions)
-    return expert_rows.new_empty(positions.shape[0], expert_rows.shape[1])
+def unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    """``[R, H], float32 [N, K]?, int64 [N, K] -> [N, H]``."""
+    check_unpermute(rows, weights, positions)
+    return rows.new_empty(positions.shape[0], rows.shape[1])
 
 
-def check_permute(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_local_experts: int) -> None:
+def weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """``[R, H], float32 [N, K], int64 [N, K] -> [R, H]``."""
+    check_unpermute(rows, weights, positions)
+    return rows.new_empty(rows.shape)
+
+
+def check_permute(tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, num_local_experts: int) -> None:
     """Rows with as many lists of expert ids, and an expert to send them to."""
-    check_dim("dispatch", "hidden_states", hidden_states, 2)
     check_dim("dispatch", "topk_ids", topk_ids, 2)
-    check_dtype("dispatch", "topk_ids", topk_ids, (torch.int32, torch.int64))
-    check_same_rows("dispatch", "topk_ids", topk_ids, "hidden_states", hidden_states)
+    check_dtype("dispatch", "topk_ids", topk_ids, IDS)
+    for tensor in tensors:
+        check_same_rows("dispatch", "topk_ids", topk_ids, "hidden_states", tensor)
     if num_local_experts < 1:
         raise ValueError(f"dispatch: num_local_experts must be at least 1, got {num_local_experts}")
 
 
-def check_unpermute(expert_rows: torch.Tensor, topk_weights: torch.Tensor, positions: torch.Tensor) -> None:
-    """As many rows, weights and positions as the dispatch returned."""
-    check_dim("combine", "expert_rows", expert_rows, 2)
+def check_unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> None:
+    """Weights and positions of as many rows and choices."""
+    check_dim("combine", "rows", rows, 2)
     check_dim("combine", "positions", positions, 2)
-    check_dim("combine", "topk_weights", topk_weights, 2)
-    check_dtype("combine", "topk_weights", topk_weights, (torch.float32,))
-    check_same_rows("combine", "topk_weights", topk_weights, "positions", positions)
-    num_rows, top_k = positions.shape
-    check_equal("combine", "rows of expert_rows", expert_rows.shape[0], num_rows * top_k, "rows that dispatch returned")
-    if topk_weights.shape[1] != top_k:
-        raise ValueError(f"combine: topk_weights must have {top_k} columns, as positions, got {topk_weights.shape[1]}")
+    check_dtype("combine", "positions", positions, (torch.int64,))
+    if weights is not None:
+        check_dim("combine", "weights", weights, 2)
+        check_dtype("combine", "weights", weights, (torch.float32,))
+        check_same_rows("combine", "weights", weights, "positions", positions)
+        check_equal("combine", "columns of weights", weights.shape[1], positions.shape[1], "those of positions")

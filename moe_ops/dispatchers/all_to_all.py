@@ -1,76 +1,159 @@
-"""Even all-to-all: every rank sends each of its rows, with ids and weights, to every rank of EP.
+"""Ragged all-to-all: every rank sends just the rows that have an expert elsewhere, one copy for each rank.
 
-All ranks pad to a common number of rows, so the exchange is even and static: capturable, no host sync, nothing dropped. On
-the wire it is no smaller than an all-gather. N rows of this rank, R common rows, W ranks of EP, K top-k, H hidden.
+N rows of this rank, K top-k, H hidden, E experts of a rank, W ranks of EP, R rows received.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fake_impls.dispatchers import all_to_all as shapes
 from moe_ops._library import define
-from moe_ops.collectives import all_to_all, pack_rows, unpack_rows
+from moe_ops.collectives import all_to_all, c10d, unpack_rows
+from moe_ops.dispatchers.copies import pack_copies, plan_copies
+from moe_ops.dispatchers.local import LocalDispatch, combine_local, dispatch_local, unpermute
 from moe_ops.groups import Group, check_group
 
 
+class NotCapturableError(RuntimeError):
+    """An op that reads a size on the host was called while a device graph was captured."""
+
+
+class AllToAllState(NamedTuple):
+    """What combine needs of dispatch.
+
+    Attributes:
+        positions: int64 ``[N, W]``, which of the rows sent is the copy for each rank; -1 where there is none.
+        send_splits: rows sent to each rank.
+        receive_splits: rows received from each rank.
+    """
+
+    positions: torch.Tensor
+    send_splits: Sequence[int]
+    receive_splits: Sequence[int]
+
+
 def _dispatch(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, rows: int, group: str, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors: Sequence[torch.Tensor],
+    topk_ids: torch.Tensor,
+    fill: Sequence[int],
+    num_local_experts: int,
+    group: str,
+    size: int,
+) -> tuple[list[torch.Tensor], torch.Tensor, list[int], list[int]]:
     check_group("dispatch", "ep", group, size)
-    shapes.check_dispatch(hidden_states, topk_ids, topk_weights, rows)
-    tensors = [hidden_states, topk_ids, topk_weights]
-    packed_RB = pack_rows(tensors, rows, [0, -1, 0])
-    hidden, ids, weights = unpack_rows(all_to_all(packed_RB.repeat(size, 1), size, group), tensors)
-    return hidden, ids, weights
+    _check_not_capturing(topk_ids)
+    positions, counts_W = plan_copies(topk_ids, num_local_experts, size, None)
+    splits = torch.stack((counts_W, all_to_all(counts_W, size, group))).flatten().tolist()  # the one host read
+    for split in splits:
+        if isinstance(split, torch.SymInt):
+            torch._check(split >= 0)
+    send_splits, receive_splits = splits[:size], splits[size:]
+    packed_SB = pack_copies(tensors, positions, torch.sym_sum(send_splits), fill)
+    received_RB = _exchange(packed_SB, receive_splits, send_splits, group)
+    return unpack_rows(received_RB, tensors), positions, send_splits, receive_splits
 
 
-def _combine(hidden_states: torch.Tensor, num_rows: int, rows: int, group: str, size: int) -> torch.Tensor:
+def _combine(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: str,
+    size: int,
+) -> torch.Tensor:
     check_group("combine", "ep", group, size)
-    shapes.check_combine(hidden_states, num_rows, rows, size)
-    returned_WRH = all_to_all(hidden_states, size, group).view(size, rows, hidden_states.shape[1])
-    return returned_WRH.narrow(1, 0, num_rows).sum(dim=0, dtype=torch.float32).to(hidden_states.dtype)
+    shapes.check_splits(rows, positions, send_splits, receive_splits, size)
+    returned_SH = _exchange(rows, send_splits, receive_splits, group)
+    total: torch.Tensor = unpermute(returned_SH, None, positions)
+    return total
+
+
+def _exchange(x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: str) -> torch.Tensor:
+    exchanged: torch.Tensor = c10d.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group)
+    waited: torch.Tensor = c10d.wait_tensor(exchanged)
+    return waited
+
+
+def _check_not_capturing(x: torch.Tensor) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotCapturableError(
+            "dispatch: ALL_TO_ALL reads its split sizes on the host and cannot be captured; FIXED_CAPACITY can"
+        )
 
 
 dispatch_op = define(
-    "dispatch_all_to_all(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, SymInt rows, str group, int size)"
-    " -> (Tensor, Tensor, Tensor)",
+    "dispatch_all_to_all(Tensor[] tensors, Tensor topk_ids, int[] fill, int num_local_experts, str group, int size)"
+    " -> (Tensor[], Tensor, SymInt[], SymInt[])",
     composite=_dispatch,
 )
 combine_op = define(
-    "combine_all_to_all(Tensor hidden_states, SymInt num_rows, SymInt rows, str group, int size) -> Tensor",
+    "combine_all_to_all(Tensor rows, Tensor positions, SymInt[] send_splits, SymInt[] receive_splits, str group,"
+    " int size) -> Tensor",
     composite=_combine,
 )
 
 
 def dispatch_all_to_all(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *, rows: int, ep: Group
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Exchange rows, ids and weights over EP. One packed all-to-all.
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    num_local_experts: int,
+    ep: Group,
+    scale: torch.Tensor | None = None,
+) -> tuple[LocalDispatch, AllToAllState]:
+    """Send each row once to each rank that has an expert of it, and group what arrives by local expert.
+
+    Two collectives over `ep`: the counts (8 bytes a rank), then hidden states, ids, weights and scales packed. The number of
+    rows is read on the host, so this cannot be captured in a device graph; compilers trace it into one graph.
 
     Args:
-        hidden_states: ``[N, H]``.
-        topk_ids: ``[N, K]``.
-        topk_weights: ``[N, K]``.
-        rows: R, at least N, the same on every rank of `ep`.
+        hidden_states: ``[N, H]``, quantised or not.
+        topk_ids: int32 or int64 ``[N, K]``; -1 goes nowhere.
+        topk_weights: float32 ``[N, K]``.
+        num_local_experts: experts of each rank.
         ep: the EP group.
+        scale: the scales of quantised hidden states.
 
-    Returns:
-        ``[W * R, H]``, ``[W * R, K]`` and ``[W * R, K]``; rows that pad have ids of -1.
+    Raises:
+        NotCapturableError: a CUDA graph is being captured.
     """
-    hidden, ids, weights = dispatch_op(hidden_states, topk_ids, topk_weights, rows, ep.name, ep.size)
-    return hidden, ids, weights
+    tensors = [hidden_states, topk_ids, topk_weights, *([] if scale is None else [scale])]
+    fill = [0, -1, 0, 0][: len(tensors)]
+    received, positions, *splits = dispatch_op(tensors, topk_ids, fill, num_local_experts, ep.name, ep.size)
+    return group_received(received, num_local_experts, ep), AllToAllState(positions, *splits)
 
 
-def combine_all_to_all(hidden_states: torch.Tensor, *, num_rows: int, rows: int, ep: Group) -> torch.Tensor:
-    """Send results back and sum each row's shares over the ranks in float32. One all-to-all.
+def group_received(received: Sequence[torch.Tensor], num_local_experts: int, ep: Group) -> LocalDispatch:
+    """Group rows that arrived with ids, weights and perhaps scales by local expert."""
+    hidden, ids, weights, *scale = received
+    return dispatch_local(
+        hidden,
+        ids,
+        weights,
+        first_expert=ep.rank * num_local_experts,
+        num_local_experts=num_local_experts,
+        scale=scale[0] if scale else None,
+    )
+
+
+def combine_all_to_all(
+    expert_rows: torch.Tensor, dispatched: LocalDispatch, state: AllToAllState, *, ep: Group, is_weighed: bool = False
+) -> torch.Tensor:
+    """Sum this rank's share of each row, send it back, and sum the shares in rank order. One all-to-all over `ep`.
 
     Args:
-        hidden_states: ``[W * R, H]``, this rank's share of every row that dispatch returned.
-        num_rows: N, the rows that this rank gave to dispatch.
-        rows: R, as in dispatch.
+        expert_rows: what the experts made of the rows of the dispatch.
+        dispatched: the dispatch.
+        state: its state.
         ep: the EP group.
+        is_weighed: whether the weights went into the experts' input already.
 
     Returns:
-        ``[N, H]``.
+        ``[N, H]``: complete. Sums are in float32 and in a fixed order.
     """
-    output: torch.Tensor = combine_op(hidden_states, num_rows, rows, ep.name, ep.size)
+    shares = combine_local(expert_rows, dispatched.state, is_weighed=is_weighed)
+    output: torch.Tensor = combine_op(shares, *state, ep.name, ep.size)
     return output

@@ -3,6 +3,7 @@
 N rows, K top-k, H hidden, E experts of this rank, R = N * K rows for the experts.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,83 +12,126 @@ from fake_impls.dispatchers import local as shapes
 from moe_ops._library import define
 
 
+class LocalState(NamedTuple):
+    """What combine needs of dispatch.
+
+    Attributes:
+        topk_weights: float32 ``[N, K]``.
+        positions: int64 ``[N, K]``, where the row of each choice went; -1 where its expert is not here.
+    """
+
+    topk_weights: torch.Tensor
+    positions: torch.Tensor
+
+
 class LocalDispatch(NamedTuple):
     """Rows grouped by local expert.
 
     Attributes:
-        rows: ``[R, H]``; the first ``counts.sum()`` are those of this rank's experts, in the order of the experts.
-        counts: int64 ``[E]``, rows of each local expert.
-        positions: int64 ``[N, K]``, where the row of each choice went; -1 where its expert is not here.
+        rows: ``[R, H]``; the first ``counts.sum()`` are those of this rank's experts, in the order of the experts and, for
+            each, in the order in which they came.
+        scale: the scales of quantised rows, or None.
+        counts: int64 ``[E]``, rows of each local expert, on the device.
+        state: for `combine_local`.
     """
 
     rows: torch.Tensor
+    scale: torch.Tensor | None
     counts: torch.Tensor
-    positions: torch.Tensor
+    state: LocalState
 
 
 def _permute(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shapes.check_permute(hidden_states, topk_ids, num_local_experts)
+    tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    shapes.check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     local_R = topk_ids.to(torch.int64).flatten() - first_expert
-    is_local_R = (local_R >= 0) & (local_R < num_local_experts)
+    is_local_R = (topk_ids.flatten() >= 0) & (local_R >= 0) & (local_R < num_local_experts)
     group_R = torch.where(is_local_R, local_R, num_local_experts)  # the last group: experts of other ranks, id -1
     order_R = torch.argsort(group_R, stable=True)
     counts = group_R.new_zeros(num_local_experts + 1).scatter_add_(0, group_R, torch.ones_like(group_R))
     positions_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
     positions = torch.where(is_local_R, positions_R, -1).view(num_rows, top_k)
-    rows_RH = hidden_states.index_select(0, order_R // top_k)
-    return rows_RH, counts[:num_local_experts].clone(), positions
+    rows_R = order_R // top_k
+    return [tensor.index_select(0, rows_R) for tensor in tensors], counts[:num_local_experts].clone(), positions
 
 
-def _unpermute(expert_rows: torch.Tensor, topk_weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    shapes.check_unpermute(expert_rows, topk_weights, positions)
-    total_NH = expert_rows.new_zeros(positions.shape[0], expert_rows.shape[1], dtype=torch.float32)
-    for weights_N, positions_N in zip(topk_weights.unbind(1), positions.unbind(1), strict=True):  # one fixed order
-        rows_NH = expert_rows.index_select(0, positions_N.clamp(min=0)).to(torch.float32)
-        weighted_NH = rows_NH * weights_N.unsqueeze(1)
-        total_NH += torch.where(positions_N.unsqueeze(1) >= 0, weighted_NH, 0.0)  # other rows may hold NaN
-    return total_NH.to(expert_rows.dtype)
+def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    shapes.check_unpermute(rows, weights, positions)
+    total_NH = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
+    if not rows.shape[0]:
+        return total_NH.to(rows.dtype)
+    for choice, positions_N in enumerate(positions.unbind(1)):  # one fixed order
+        rows_NH = rows.index_select(0, positions_N.clamp(min=0)).to(torch.float32)
+        if weights is not None:
+            rows_NH *= weights[:, choice].unsqueeze(1)
+        total_NH += torch.where(positions_N.unsqueeze(1) >= 0, rows_NH, 0.0)  # other rows may hold NaN
+    return total_NH.to(rows.dtype)
+
+
+def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    shapes.check_unpermute(rows, weights, positions)
+    weights_R = weights.new_zeros(rows.shape[0] + 1)  # one more, for choices that went nowhere
+    places_R = torch.where(positions >= 0, positions, rows.shape[0]).flatten()
+    weights_R.scatter_(0, places_R, weights.flatten())
+    return (rows.to(torch.float32) * weights_R[:-1].unsqueeze(1)).to(rows.dtype)
 
 
 permute_by_expert = define(
-    "permute_by_expert(Tensor hidden_states, Tensor topk_ids, SymInt first_expert, int num_local_experts)"
-    " -> (Tensor, Tensor, Tensor)",
+    "permute_by_expert(Tensor[] tensors, Tensor topk_ids, SymInt first_expert, int num_local_experts)"
+    " -> (Tensor[], Tensor, Tensor)",
     kernel=_permute,
     fake=shapes.permute_by_expert,
 )
 unpermute = define(
-    "unpermute(Tensor expert_rows, Tensor topk_weights, Tensor positions) -> Tensor",
-    kernel=_unpermute,
-    fake=shapes.unpermute,
+    "unpermute(Tensor rows, Tensor? weights, Tensor positions) -> Tensor", kernel=_unpermute, fake=shapes.unpermute
+)
+weigh_rows = define(
+    "weigh_rows(Tensor rows, Tensor weights, Tensor positions) -> Tensor", kernel=_weigh_rows, fake=shapes.weigh_rows
 )
 
 
 def dispatch_local(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, *, first_expert: int, num_local_experts: int
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    first_expert: int,
+    num_local_experts: int,
+    scale: torch.Tensor | None = None,
 ) -> LocalDispatch:
     """Group the rows of this rank's experts, one copy for each choice. Static shapes, no collective, no host sync.
 
     Args:
-        hidden_states: ``[N, H]``.
+        hidden_states: ``[N, H]``, quantised or not.
         topk_ids: int32 or int64 ``[N, K]``, ids of the whole layer; -1, and ids of other ranks' experts, go nowhere.
+        topk_weights: float32 ``[N, K]``.
         first_expert: id of this rank's first expert.
         num_local_experts: experts of this rank.
+        scale: the scales of quantised hidden states.
     """
-    return LocalDispatch(*permute_by_expert(hidden_states, topk_ids, first_expert, num_local_experts))
+    tensors = [hidden_states] if scale is None else [hidden_states, scale]
+    rows, counts, positions = permute_by_expert(tensors, topk_ids, first_expert, num_local_experts)
+    return LocalDispatch(rows[0], None if scale is None else rows[1], counts, LocalState(topk_weights, positions))
 
 
-def combine_local(expert_rows: torch.Tensor, topk_weights: torch.Tensor, dispatched: LocalDispatch) -> torch.Tensor:
+def weigh_input(rows: torch.Tensor, state: LocalState) -> torch.Tensor:
+    """The rows of a dispatch, each times the router's weight: then `combine_local` must not weigh again."""
+    weighed: torch.Tensor = weigh_rows(rows, state.topk_weights, state.positions)
+    return weighed
+
+
+def combine_local(expert_rows: torch.Tensor, state: LocalState, *, is_weighed: bool = False) -> torch.Tensor:
     """Sum each row's results, weighted, in float32 and in the order of its choices. No collective.
 
     Args:
-        expert_rows: ``[R, H]``, what the experts made of ``dispatched.rows``.
-        topk_weights: float32 ``[N, K]``.
-        dispatched: what `dispatch_local` returned.
+        expert_rows: ``[R, H]``, what the experts made of the rows of the dispatch.
+        state: that of the dispatch.
+        is_weighed: whether the weights went into the experts' input already.
 
     Returns:
         ``[N, H]`` of the dtype of `expert_rows`: the share of this rank's experts, zero for rows that have none here.
     """
-    output: torch.Tensor = unpermute(expert_rows, topk_weights, dispatched.positions)
+    output: torch.Tensor = unpermute(expert_rows, None if is_weighed else state.topk_weights, state.positions)
     return output

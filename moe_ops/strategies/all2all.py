@@ -9,7 +9,7 @@ from fake_impls.checks import check_equal
 from fake_impls.layout import padded_rows
 from fake_impls.strategies import all2all as shapes
 from moe_ops._library import define
-from moe_ops.collectives import all_gather, chunk_rows
+from moe_ops.collectives import all_gather, chunk_rows, chunk_tokens
 from moe_ops.groups import ParallelGroups, check_group
 from moe_ops.types import PrepareOutput, ShardState, State, UnchangedState
 
@@ -53,6 +53,13 @@ def prepare(
     return PrepareOutput(hidden_chunk, logits_chunk, None, None, ShardState(num_tokens, padded, groups.tp.size))
 
 
+def chunk(x: torch.Tensor, *, groups: ParallelGroups) -> tuple[torch.Tensor, ShardState]:
+    """One tensor, padded and chunked over TP as prepare does it, and the state for finalize. No collective."""
+    num_tokens, size = x.shape[0], groups.tp.size
+    padded = padded_rows(num_tokens, size)
+    return chunk_tokens(x, padded, size, groups.tp.rank), ShardState(num_tokens, padded, size)
+
+
 def finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:
     """Gather the chunks over TP and cut the padding. One all-gather over TP."""
     if isinstance(state, UnchangedState):
@@ -68,7 +75,8 @@ def lay_out(token_ids: torch.Tensor, state: State, *, groups: ParallelGroups) ->
     if isinstance(state, UnchangedState):
         return token_ids
     _, padded, num_chunks = shard_state("lay_out_like_prepared", state)
-    return chunk_rows(token_ids, padded, num_chunks, 0 if num_chunks == 1 else groups.tp.rank, fill=-1)
+    chunk_ids: torch.Tensor = chunk_tokens(token_ids, padded, num_chunks, 0 if num_chunks == 1 else groups.tp.rank, -1)
+    return chunk_ids
 
 
 def shard_state(op: str, state: State) -> ShardState:

@@ -124,7 +124,7 @@ def gather(
     The DP form has rows that pad, with `fill` (0 or -1) in them; the EP form has none.
     """
     if tokens_are_sharded:
-        return _gather_over_ep(tensors, groups, num_tokens_across_ep)
+        return gather_over_ep(tensors, groups, num_tokens_across_ep)
     return _gather_over_dp(tensors, fill, groups, max_tokens_across_dp, max_tokens_across_pcp)
 
 
@@ -145,9 +145,10 @@ def _gather_over_dp(
     return gathered, DataParallelState(*counts)
 
 
-def _gather_over_ep(
+def gather_over_ep(
     tensors: Sequence[torch.Tensor], groups: ParallelGroups, num_tokens_across_ep: Sequence[int] | None
 ) -> tuple[list[torch.Tensor], State]:
+    """Gather the rows of tensors that travel together over EP, ragged counts compacted."""
     counts = None if num_tokens_across_ep is None else tuple(num_tokens_across_ep)
     if groups.ep.size == 1:
         num_tokens = tensors[0].shape[0]
@@ -215,7 +216,7 @@ def finalize(
 def lay_out(token_ids: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:
     """Gather per-token integers like the tokens. One all-gather for each gather of prepare."""
     if isinstance(state, ExpertParallelState):
-        gathered, _ = _gather_over_ep([token_ids], groups, state.num_tokens_across_ep or None)
+        gathered, _ = gather_over_ep([token_ids], groups, state.num_tokens_across_ep or None)
         return gathered[0]
     if isinstance(state, UnchangedState):
         return token_ids

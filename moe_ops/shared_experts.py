@@ -1,0 +1,60 @@
+"""Shared experts: an MLP that every token goes through, and how its sum joins that of the routed experts.
+
+| tokens | weights | what is computed | collectives over TP | result |
+|---|---|---|---|---|
+| all of the TP group's | TP-sharded | all tokens, a part of the intermediate axis | none | one rank's summand |
+| all of the TP group's | replicated | this rank's chunk of the tokens | an all-gather | complete |
+| a shard | TP-sharded | the TP group's tokens, a part of the intermediate axis | an all-gather, a reduce-scatter | complete |
+| a shard | replicated | the shard | none | complete |
+
+T tokens, S rows of a shard, H hidden.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from moe_ops.experts import activate
+from moe_ops.groups import ParallelGroups
+from moe_ops.strategies import all2all, allgather
+from moe_ops.types import Reduction, SharedExperts
+
+
+def run_shared_experts(
+    hidden_states: torch.Tensor,
+    shared: SharedExperts,
+    *,
+    groups: ParallelGroups,
+    tokens_are_sharded: bool = False,
+    num_tokens_across_tp: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, Reduction]:
+    """Run the shared experts on this rank's tokens; the table above says how.
+
+    Args:
+        hidden_states: ``[T, H]``: the tokens of the TP group, or this rank's shard of them.
+        shared: the weights.
+        groups: the process groups, of which TP is used.
+        tokens_are_sharded: whether the tokens are a sequence-parallel shard.
+        num_tokens_across_tp: rows of each TP rank's shard; None: as many on all.
+
+    Returns:
+        ``[T, H]`` for the tokens given, and whether it is complete or one TP rank's summand.
+    """
+    tp = groups.tp
+    if tp.size == 1 or (tokens_are_sharded and not shared.is_tp_sharded):
+        return _mlp(hidden_states, shared), Reduction.COMPLETE
+    if not tokens_are_sharded:
+        if shared.is_tp_sharded:
+            return _mlp(hidden_states, shared), Reduction.PARTIAL_OVER_TP
+        chunk, state = all2all.chunk(hidden_states, groups=groups)
+        return all2all.finalize(_mlp(chunk, shared), state, groups=groups), Reduction.COMPLETE
+    over_tp = ParallelGroups(tp=tp, ep=tp)
+    gathered, gathered_state = allgather.gather_over_ep([hidden_states], over_tp, num_tokens_across_tp)
+    summed = allgather.finalize(_mlp(gathered[0], shared), gathered_state, groups=over_tp, reduce_results=False)
+    return summed, Reduction.COMPLETE
+
+
+def _mlp(x_TH: torch.Tensor, shared: SharedExperts) -> torch.Tensor:
+    y_TH = F.linear(activate(F.linear(x_TH, shared.w13), shared.activation), shared.w2)
+    return y_TH if shared.gate is None else torch.sigmoid(F.linear(x_TH, shared.gate)) * y_TH
