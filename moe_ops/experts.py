@@ -1,5 +1,8 @@
 """The experts: a gated MLP for each group of rows. R rows, E experts of this rank, H hidden, I intermediate, N outputs."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +12,7 @@ from moe_ops.quantize import dequantize_activations, dequantize_weights, quantiz
 from moe_ops.types import ExpertWeights, Quant
 
 ALIGNMENT = 16  # bytes; F.grouped_mm rejects rows that are no multiple of it
+VECTOR = 32  # elements; a multiple of what one step of a vector loop takes
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of GPT-OSS
 
 
@@ -52,11 +56,22 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
         raise ValueError(f"experts: activation must be one of {shapes.ACTIVATIONS}, got {activation!r}")
     if activation == "swigluoai":
         gate, up = x[:, ::2].clamp(max=SWIGLU_LIMIT), x[:, 1::2].clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-        return gate * torch.sigmoid(gate * SWIGLU_ALPHA) * (up + 1)
+        return gate * _each(torch.sigmoid, gate * SWIGLU_ALPHA) * (up + 1)
     gate, up = x.chunk(2, dim=1)
     if activation == "silu":
-        return F.silu(gate) * up
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+        return _each(F.silu, gate) * up
+    return _each(partial(F.gelu, approximate="tanh" if activation == "gelu_tanh" else "none"), gate) * up
+
+
+def _each(function: Callable[[torch.Tensor], torch.Tensor], x_RI: torch.Tensor) -> torch.Tensor:
+    """A function of each element, of which none depends on where it stands.
+
+    torch's vector loops leave the last few elements to scalar code that rounds in another way, so that a row's values would
+    depend on how many rows there are.
+    """
+    missing = -x_RI.shape[1] % VECTOR
+    padded = F.pad(x_RI, (0, missing)) if missing else x_RI.contiguous()
+    return function(padded)[:, : x_RI.shape[1]]
 
 
 def run_experts(

@@ -40,6 +40,11 @@ def quantized_bytes(num_tokens: int, quant: mo.Quant) -> list[torch.Tensor]:
     return [x.view(torch.uint8) for x in mo.quantize_activations(floats(num_tokens, ODD), quant=quant)]
 
 
+def places(num_tokens: int) -> torch.Tensor:
+    """Which row sent is the copy of each token for each rank."""
+    return torch.arange(num_tokens * TP).view(num_tokens, TP) % (num_tokens + 1) - 1
+
+
 LEAF_CASES: dict[str, Any] = {
     "pack_rows": lambda t: ([floats(t, H).bfloat16(), ids(t), floats(t)], t + 2, [0, -1, 0]),
     "unpack_rows": lambda t: (torch.zeros(t, 12, dtype=torch.uint8), [ids(3), floats(3)]),
@@ -51,15 +56,15 @@ LEAF_CASES: dict[str, Any] = {
     "dequantize_mxfp8": lambda t: (*quantized_bytes(t, mo.Quant.MXFP8), torch.bfloat16),
     "quantize_mxfp4": lambda t: (floats(t, ODD),),
     "dequantize_mxfp4": lambda t: (*quantized_bytes(t, mo.Quant.MXFP4), ODD, torch.bfloat16),
-    "route": lambda t: (floats(t, E), K, True),
-    "permute_by_expert": lambda t: (floats(t, H), ids(t), 2, 3),
+    "route": lambda t: (floats(t, E), K, "sigmoid", True, 3, 2, floats(E), 2.5, torch.arange(t) < 3, None, None),
+    "map_to_physical": lambda t: (ids(t), torch.tensor([[0, 3], [1, -1]] * 3)),
+    "count_expert_load": lambda t: (ids(t), E),
+    "permute_by_expert": lambda t: ([floats(t, H), floats(t)], ids(t), 2, 3),
     "unpermute": lambda t: (floats(t * K, H), floats(t, K), torch.arange(t * K).view(t, K) - 1),
-    "grouped_experts": lambda t: (
-        floats(t, H),
-        torch.tensor([t // 2, 0, t // 3]),
-        floats(3, 2 * I, H),
-        floats(3, H, I),
-    ),
+    "weigh_rows": lambda t: (floats(t * K, H), floats(t, K), torch.arange(t * K).view(t, K) - 1),
+    "plan_copies": lambda t: (ids(t), 2, 3, t // 2),
+    "pack_copies": lambda t: ([floats(t, H), ids(t)], torch.arange(t * 3).view(t, 3) - 1, 3 * t, [0, -1]),
+    "grouped_linear": lambda t: (floats(t, H), torch.tensor([t // 2, 0, t // 3]), floats(3, I, H), floats(3, I)),
 }
 COMPOSITE_CASES: dict[str, Any] = {
     "prepare_all2all": lambda t, g: (floats(t, H), floats(t, E), g, TP, 1),
@@ -71,8 +76,11 @@ COMPOSITE_CASES: dict[str, Any] = {
     "finalize_allgather_dp": lambda t, g: (floats(TP * (TP * t + 5), H), t, TP * t + 4, TP * t + 5, g, TP, g, TP),
     "prepare_allgather_ep": lambda t, g: ([floats(t, H), floats(t, E)], [3, t, 0, 5], g, TP, 1),
     "finalize_allgather_ep": lambda t, g: (floats(t + 8, H), t, [3, t, 0, 5], g, TP),
-    "dispatch_all_to_all": lambda t, g: (floats(t, H), ids(t), floats(t, K), t + 1, g, TP),
-    "combine_all_to_all": lambda t, g: (floats(TP * (t + 1), H), t, t + 1, g, TP),
+    "chunk_tokens": lambda t, g: (ids(t), ceil4(t), TP, 2, -1),
+    "dispatch_all_to_all": lambda t, g: ([floats(t, H), ids(t), floats(t, K)], ids(t), [0, -1, 0], 2, g, TP),
+    "combine_all_to_all": lambda t, g: (floats(t + 3, H), places(t), [1, t, 0, 2], [t, 0, 3, 0], g, TP),
+    "dispatch_fixed_capacity": lambda t, g: ([floats(t, H), ids(t), floats(t, K)], ids(t), [0, -1, 0], 2, t, g, TP),
+    "combine_fixed_capacity": lambda t, g: (floats(TP * (t + 1), H), places(t), g, TP),
     "all_reduce": lambda t, g: (floats(t, H), g, TP),
 }
 
