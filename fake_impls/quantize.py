@@ -57,8 +57,8 @@ def dequantize_mxfp4(
 
 def check_input(x: torch.Tensor) -> None:
     """Rows of a dtype that quantises."""
-    check_dim("quantize", "x", x, 2)
-    check_dtype("quantize", "x", x, FLOATS)
+    check_dim("quantize", "hidden_states", x, 2)
+    check_dtype("quantize", "hidden_states", x, FLOATS)
 
 
 def check_quantized(

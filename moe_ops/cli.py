@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-ops", description="Mixture-of-Experts stages as pure PyTorch ops.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    about = "run the MoE blocks of Qwen3-MoE and Mixtral on 4 gloo ranks and compare them with transformers"
+    about = (
+        "run the MoE blocks of Qwen3-MoE, Mixtral and DeepSeek-V3 on 4 gloo ranks and compare them with transformers"
+    )
     demo = commands.add_parser("demo", help=about, description=f"{about[0].upper()}{about[1:]}.")
     demo.add_argument(
         "--backend",

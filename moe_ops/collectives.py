@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fake_impls import collectives as shapes
 from fake_impls.layout import offsets
 from moe_ops._library import define
+from moe_ops.groups import check_group
 
 c10d = torch.ops._c10d_functional
 
@@ -25,7 +26,7 @@ def chunk_rows(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fi
     if type(x) is torch.Tensor:
         return torch.narrow_copy(x, 0, rank * rows, rows)
     chunks: torch.Tensor = x.unflatten(0, (num_chunks, rows))  # selects without bounds that a compiler has to prove
-    return chunks.select(0, rank).clone()
+    return chunks.select(0, rank).clone(memory_format=torch.contiguous_format)
 
 
 def _chunk_tokens(x: torch.Tensor, padded_rows: int, num_chunks: int, rank: int, fill: int = 0) -> torch.Tensor:
@@ -46,7 +47,8 @@ def copy_rows(x: torch.Tensor, start: int, length: int) -> torch.Tensor:
     """A copy of ``x[start : start + length]``."""
     if type(x) is torch.Tensor:
         return torch.narrow_copy(x, 0, start, length)
-    return x.narrow(0, start, length).clone()  # narrow_copy has no form for symbolic sizes
+    # narrow_copy, which is always contiguous, has no form for symbolic sizes.
+    return x.narrow(0, start, length).clone(memory_format=torch.contiguous_format)
 
 
 def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
@@ -69,6 +71,7 @@ def all_to_all(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
 
 
 def _all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    check_group("finalize", "tp", group, size)
     reduced: torch.Tensor = c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group))
     return reduced
 

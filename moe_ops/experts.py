@@ -23,7 +23,7 @@ def _grouped_linear(
     ends_E = counts.cumsum(0, dtype=torch.int32)
     outputs = weight.shape[1]
     rows, weight = _align(rows, 1), _align(_align(weight, 2), 1)
-    result_RN = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends_E)[:, :outputs]
+    result_RN = F.grouped_mm(_dense(rows), _dense(weight).transpose(1, 2), offs=ends_E)[:, :outputs]
     row_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
     if bias is not None:
         expert_R = torch.searchsorted(ends_E, row_R, right=True).clamp(max=counts.shape[0] - 1)
@@ -31,6 +31,11 @@ def _grouped_linear(
     # Rows past the last group are uninitialised.
     filled_RN = torch.where((row_R < ends_E[-1:]).unsqueeze(1), result_RN, 0)
     return filled_RN.clone(memory_format=torch.contiguous_format)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the strides of a new tensor: a size of 0 or 1 counts as contiguous with any, and F.grouped_mm looks at them."""
+    return x.reshape(-1).view(x.shape)
 
 
 def _align(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -92,7 +97,7 @@ def run_experts(
     Args:
         rows: ``[R, H]`` float32, bfloat16 or float16, or quantised; grouped by expert; rows past the last group may hold
             anything.
-        counts: int64 ``[E]``, rows of each group, on the device of the rows.
+        counts: int64 ``[E]``, rows of each group, on the device of the rows; no more than R together, which is not checked.
         experts: w13 ``[E, 2 * I, H]``, w2 ``[E, H, I]``, of the dtype of the rows or quantised.
         scale: scales of `rows`, if they are quantised.
         quant: what is done to activations.
@@ -110,15 +115,13 @@ def run_experts(
     dtype = rows.dtype if dtype is None else dtype
     hidden_size = experts.w2.shape[1]
     is_quantized = quant is not Quant.NONE or experts.w13_scale is not None or experts.w2_scale is not None
-    product_dtype = torch.float32 if is_quantized else rows.dtype
     x = _values(rows, scale, quant, hidden_size)
-    w13 = _plain(experts.w13, experts.w13_scale, hidden_size, product_dtype)
-    gated = grouped_linear(x.to(product_dtype), counts, w13, _bias(experts.w13_bias, product_dtype))
-    inner = activate(gated, experts.activation)
-    w2 = _plain(experts.w2, experts.w2_scale, inner.shape[1], product_dtype)
-    output = grouped_linear(
-        _values(inner, None, quant, inner.shape[1]), counts, w2, _bias(experts.w2_bias, product_dtype)
-    )
+    w13 = _weight(experts.w13, experts.w13_scale, hidden_size, is_quantized)
+    x = x.to(torch.float32) if is_quantized else x
+    inner = activate(grouped_linear(x, counts, w13, _bias(experts.w13_bias, is_quantized)), experts.activation)
+    w2 = _weight(experts.w2, experts.w2_scale, inner.shape[1], is_quantized)
+    inner = _values(inner, None, quant, inner.shape[1])
+    output = grouped_linear(inner, counts, w2, _bias(experts.w2_bias, is_quantized))
     result: torch.Tensor = output.to(dtype)
     return result
 
@@ -132,11 +135,11 @@ def _values(x: torch.Tensor, scale: torch.Tensor | None, quant: Quant, width: in
     return dequantize_activations(x, scale, quant=quant, hidden_size=width)
 
 
-def _plain(weight: torch.Tensor, scale: torch.Tensor | None, inputs: int, dtype: torch.dtype) -> torch.Tensor:
-    if scale is None:
-        return weight if weight.dtype == dtype or dtype is not torch.float32 else weight.to(dtype)
-    return dequantize_weights(weight, scale, num_inputs=inputs)
+def _weight(weight: torch.Tensor, scale: torch.Tensor | None, num_inputs: int, is_quantized: bool) -> torch.Tensor:
+    if scale is not None:
+        return dequantize_weights(weight, scale, num_inputs=num_inputs)
+    return weight.to(torch.float32) if is_quantized else weight
 
 
-def _bias(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return bias if bias is None or dtype is not torch.float32 else bias.to(dtype)
+def _bias(bias: torch.Tensor | None, is_quantized: bool) -> torch.Tensor | None:
+    return bias.to(torch.float32) if is_quantized and bias is not None else bias

@@ -77,12 +77,12 @@ class ParallelGroups(NamedTuple):
         return cls.from_process_groups(ep=ep, **{name: mesh.get_group(name) for name in axes})
 
 
-def check_group(op: str, axis: str, name: str, size: int) -> None:
-    """Raise unless `name` is an initialised process group of `size` ranks.
+def check_group(op: str, axis: str, name: str, size: int, rank: int = 0) -> None:
+    """Raise unless `name` is an initialised process group of `size` ranks, of which `rank` is one.
 
     Raises:
         RuntimeError: no process group has this name.
-        ValueError: the process group has another size.
+        ValueError: the process group has another size, or no such rank.
     """
     try:
         actual = _resolve_process_group(GroupName(name)).size()
@@ -92,3 +92,5 @@ def check_group(op: str, axis: str, name: str, size: int) -> None:
         ) from error
     if actual != size:
         raise ValueError(f"{op}: {axis} group {name!r} must have size {actual}, that of its process group, got {size}")
+    if isinstance(rank, int) and not 0 <= rank < size:  # a simulation of several ranks has no single one
+        raise ValueError(f"{op}: {axis} rank must be in [0, {size}), got {rank}")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls import quantize as shapes
-from fake_impls.checks import check_choice, check_dim, check_dtype
+from fake_impls.checks import FLOATS, check_choice, check_dim, check_dtype
 from fake_impls.quantize import BLOCK
 from moe_ops._library import define
 from moe_ops.types import Quant
@@ -214,6 +214,7 @@ def quantize_weights(weight: torch.Tensor, *, quant: Quant) -> tuple[torch.Tenso
     """
     _format("quantize_weights", quant)
     check_dim("quantize_weights", "weight", weight, 3)
+    check_dtype("quantize_weights", "weight", weight, FLOATS)
     flat = weight.flatten(0, 1)
     if quant is Quant.W4A8:
         step = flat.to(torch.float32).abs().amax(dim=1, keepdim=True) / INT4_MAX

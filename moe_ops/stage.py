@@ -8,6 +8,7 @@ import torch
 from fake_impls.checks import check_at_most, check_choice
 from fake_impls.layout import common_rows
 from fake_impls.strategies.all2all import check_tokens
+from fake_impls.strategies.allgather import check_counts
 from moe_ops.collectives import all_reduce
 from moe_ops.dispatchers.all_to_all import combine_all_to_all, dispatch_all_to_all, group_received
 from moe_ops.dispatchers.fixed_capacity import combine_fixed_capacity, dispatch_fixed_capacity
@@ -119,8 +120,10 @@ def moe_stage(
             tokens_are_sharded=tokens_are_sharded,
             shared_expert_dp=shared_expert_dp,
         )
-        num_chunks = groups.tp.size if tokens_are_sharded or not shared_expert_dp else 1
+        num_chunks = 1 if tokens_are_sharded or shared_expert_dp else groups.tp.size
         common = prepared.hidden_states.shape[0]  # which MC2 has on all ranks of EP by contract
+        if tokens_are_sharded and counts is not None:
+            check_counts("moe_stage", hidden_states.shape[0], counts, groups.ep.size, groups.ep.rank)
         if strategy is Strategy.ALL2ALL:
             common = common_rows(common, max_tokens_across_dp, counts if tokens_are_sharded else None, num_chunks)
         routed = _run_exchanged(prepared, layer, input_ids, common)

@@ -275,6 +275,45 @@ def test_compiled_code_refuses_a_count_that_it_was_not_traced_with(groups: mo.Pa
         call(9)
 
 
+def test_more_arguments_that_are_refused(groups: mo.ParallelGroups) -> None:
+    x, logits = torch.zeros(T, H), torch.zeros(T, E)
+    with pytest.raises(ValueError, match=r"num_tokens_across_ep must not be negative, got \(-1, 5, 2, 2\)"):
+        prepare_with(**(keywords(Strategy.ALLGATHER, True, groups) | {"num_tokens_across_ep": [-1, T, 2, 2]}))(
+            x, logits
+        )
+    counts = keywords(Strategy.ALLGATHER, True, groups) | {"num_tokens_across_ep": torch.tensor([1, T, 2, 2])}
+    with pytest.raises(TypeError, match="num_tokens_across_ep must be a sequence of integers, got a tensor"):
+        prepare_with(**counts)(x, logits)
+    for rank in (-1, W):
+        wrong = groups._replace(tp=groups.tp._replace(rank=rank), ep=groups.ep._replace(rank=rank))
+        for strategy, sharded in ((Strategy.ALL2ALL, False), (Strategy.MC2, False), (Strategy.ALLGATHER, True)):
+            with pytest.raises(ValueError, match=rf"rank must be in \[0, 4\), got {rank}"):
+                prepare_with(
+                    **(keywords(strategy, sharded, wrong) | {"num_tokens_across_ep": None}),
+                )(x, logits)
+    state = mo.prepare(x, logits, strategy=Strategy.ALLGATHER, groups=mo.ParallelGroups(tp=groups.tp)).state
+    wrong = mo.ParallelGroups(tp=groups.tp._replace(size=3))
+    with pytest.raises(ValueError, match=r"finalize: tp group '.*' must have size 4, that of its process group, got 3"):
+        mo.finalize(x, state, strategy=Strategy.ALLGATHER, groups=wrong, reduce_results=True)
+    with pytest.raises(ValueError, match="input_ids must have at least 1 dimension, got 0-D"):
+        mo.lay_out_like_prepared(torch.tensor(1), state, strategy=Strategy.ALLGATHER, groups=groups)
+
+
+@pytest.mark.parametrize("strategy", ALL, ids=lambda s: s.value)
+def test_scalars_are_refused(strategy: Strategy) -> None:
+    scalar, groups = torch.tensor(1.0), mo.ParallelGroups()
+    with pytest.raises(ValueError, match="hidden_states must be 2-D, got 0-D"):
+        mo.prepare(scalar, torch.zeros(1, E), strategy=strategy, groups=groups, mc2_mask=torch.ones(1).bool())
+    if strategy is Strategy.MC2:
+        with pytest.raises(ValueError, match="mc2_mask must be 1-D, got 0-D"):
+            mo.prepare(torch.zeros(1, H), torch.zeros(1, E), strategy=strategy, groups=groups, mc2_mask=scalar.bool())
+    state = mo.prepare(
+        torch.zeros(1, H), torch.zeros(1, E), strategy=strategy, groups=groups, padded_num_tokens=1
+    ).state
+    with pytest.raises(ValueError, match="hidden_states must be 2-D, got 0-D"):
+        mo.finalize(scalar, state, strategy=strategy, groups=groups)
+
+
 def test_counts_of_tokens_are_not_negative() -> None:
     with pytest.raises(ValueError, match="num_tokens must not be negative, got -1"):
         mo.token_count(-1)

@@ -164,9 +164,11 @@ def test_odd_width_needs_its_length() -> None:
 
 def test_bad_input_names_the_argument() -> None:
     quantized, scale = mo.quantize_activations(torch.ones(2, 40), quant=Quant.MXFP8)
-    with pytest.raises(TypeError, match=r"quantize: x must have one of the dtypes torch.float32.*got torch.int32"):
+    with pytest.raises(
+        TypeError, match=r"quantize: hidden_states must have one of the dtypes torch.float32.*got torch.int32"
+    ):
         mo.quantize_activations(torch.ones(2, 4, dtype=torch.int32), quant=Quant.W8A8)
-    with pytest.raises(ValueError, match="quantize: x must be 2-D, got 1-D"):
+    with pytest.raises(ValueError, match="quantize: hidden_states must be 2-D, got 1-D"):
         mo.quantize_activations(torch.ones(4), quant=Quant.MXFP4)
     with pytest.raises(ValueError, match=r"quant must name a format, got Quant.NONE"):
         mo.quantize_activations(torch.ones(2, 4), quant=Quant.NONE)

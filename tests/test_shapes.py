@@ -58,6 +58,8 @@ def calls(draw: Any, op: str) -> tuple[int, tuple[Any, ...]]:
     size = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 32, 64]))
     rank, tokens, more, dtype = draw(st.integers(0, size - 1)), draw(TOKENS), draw(st.integers(0, 3)), draw(FLOATS)
     hidden, logits = torch.zeros(tokens, H, dtype=dtype), torch.zeros(tokens, E)
+    if draw(st.booleans()):  # not contiguous
+        hidden, logits = (torch.zeros(x.shape[1], tokens, dtype=x.dtype).t() for x in (hidden, logits))
     ids = torch.zeros(tokens, K, dtype=torch.int32)
     chunk = -(-tokens // size)
     counts = draw(st.lists(TOKENS, min_size=size, max_size=size))
@@ -93,7 +95,14 @@ def calls(draw: Any, op: str) -> tuple[int, tuple[Any, ...]]:
             counts if more else None,
             *("0", size),
         ),
-        "combine_all_to_all": (hidden.new_zeros(sum(counts), H), places, [more] * size, counts, "0", size),
+        "combine_all_to_all": (
+            hidden.new_zeros(sum(counts), H),
+            places,
+            [more if sum(counts) else 0] * size,
+            counts,
+            "0",
+            size,
+        ),
         "dispatch_fixed_capacity": ([hidden, ids, ids.float()], ids, [0, -1, 0], 2, tokens + more, "0", size),
         "combine_fixed_capacity": (hidden.new_zeros((tokens + more) * size, H), places, "0", size),
         "chunk_tokens": (ids, (chunk + more) * size, size, rank, -1),

@@ -77,6 +77,8 @@ def check_counts(op: str, num_tokens: int, counts: Sequence[int], size: int, ran
     """One count for each EP rank, and this rank's is what it brought."""
     if len(counts) != size:
         raise ValueError(f"{op}: num_tokens_across_ep must hold {size} counts, one for each EP rank, got {len(counts)}")
+    if any(isinstance(count, int) and count < 0 for count in counts):
+        raise ValueError(f"{op}: num_tokens_across_ep must not be negative, got {tuple(counts)}")
     if isinstance(rank, int):  # a simulation of several ranks in one process has no single rank
         meaning = f"num_tokens_across_ep[{rank}]"
         check_equal(op, "rows of hidden_states", num_tokens, counts[rank], meaning)

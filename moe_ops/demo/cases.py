@@ -19,6 +19,7 @@ class Form(NamedTuple):
 
     strategy: Strategy
     name: str
+    dispatch: mo.Dispatch
     is_sharded: bool = False
 
     @property
@@ -28,10 +29,11 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    Form(Strategy.ALL2ALL, "chunks"),
-    Form(Strategy.MC2, "mask"),
-    Form(Strategy.ALLGATHER, "DP"),
-    Form(Strategy.ALLGATHER, "EP", is_sharded=True),
+    Form(Strategy.ALL2ALL, "ragged", mo.Dispatch.ALL_TO_ALL),
+    Form(Strategy.ALL2ALL, "fixed", mo.Dispatch.FIXED_CAPACITY),
+    Form(Strategy.MC2, "fixed", mo.Dispatch.FIXED_CAPACITY),
+    Form(Strategy.ALLGATHER, "DP", mo.Dispatch.LOCAL),
+    Form(Strategy.ALLGATHER, "EP", mo.Dispatch.LOCAL, is_sharded=True),
 )
 
 
@@ -60,6 +62,7 @@ class Family(NamedTuple):
         routing: how the block routes.
         gate: ``[E, H]``, the weight of its router.
         experts: all of its experts.
+        shared: all of its shared experts, or None.
         replicated: cases in which the ranks of a TP group hold the same tokens.
         sharded: the same tokens, each TP group's spread over its ranks (sequence parallelism).
     """
@@ -68,6 +71,7 @@ class Family(NamedTuple):
     routing: mo.Routing
     gate: torch.Tensor
     experts: mo.ExpertWeights
+    shared: mo.SharedExperts | None
     replicated: list[Case]
     sharded: list[Case]
 

@@ -106,6 +106,7 @@ def _make_layer(family: Family, form: Form, groups: mo.ParallelGroups) -> Layer:
     size = family.routing.num_experts // groups.ep.size
     mine = slice(groups.ep.rank * size, (groups.ep.rank + 1) * size)
     experts = mo.ExpertWeights(family.experts.w13[mine].clone(), family.experts.w2[mine].clone())
+    shared = _own_shared(family.shared, groups.tp)
 
     def layer(inputs: Inputs) -> torch.Tensor:
         return mo.moe_stage(
@@ -115,7 +116,9 @@ def _make_layer(family: Family, form: Form, groups: mo.ParallelGroups) -> Layer:
             routing=family.routing,
             strategy=form.strategy,
             groups=groups,
+            dispatch=form.dispatch,
             reduce_results=True,
+            shared_experts=shared,
             mc2_mask=inputs.mc2_mask,
             max_tokens_across_dp=inputs.longest.shape[0],
             num_tokens_across_ep=[count.shape[0] for count in inputs.counts] if form.is_sharded else None,
@@ -123,6 +126,14 @@ def _make_layer(family: Family, form: Form, groups: mo.ParallelGroups) -> Layer:
         )
 
     return layer
+
+
+def _own_shared(shared: mo.SharedExperts | None, tp: mo.Group) -> mo.SharedExperts | None:
+    """This TP rank's part of the intermediate axis."""
+    if shared is None:
+        return None
+    gate, up = (half.chunk(tp.size)[tp.rank] for half in shared.w13.chunk(2))
+    return shared._replace(w13=torch.cat([gate, up]), w2=shared.w2.chunk(tp.size, dim=1)[tp.rank].clone())
 
 
 def _make_inputs(case: Case, groups: mo.ParallelGroups) -> Inputs:

@@ -20,7 +20,8 @@ def run(*, backend: str, dtype: str) -> int:
     """Build the families, run them on the ranks, show what they found. Returns the exit status."""
     console = report.make_console()
     console.print(
-        f"Computing the blocks of Qwen3-MoE and Mixtral ({dtype}) with transformers, on one process", highlight=False
+        f"Computing the blocks of Qwen3-MoE, Mixtral and DeepSeek-V3 ({dtype}) with transformers, on one process",
+        highlight=False,
     )
     return run_families(build_families(getattr(torch, dtype)), backend=backend, console=console)
 

@@ -51,7 +51,8 @@ def prepare(
         groups: the process groups; which of them are used depends on the strategy.
         padded_num_tokens: MC2: rows that each TP group pads to, a multiple of TP and at least T, the same on all
             ranks of EP. None: the rows of `mc2_mask`.
-        mc2_mask: MC2: bool ``[padded_num_tokens]``, a prefix of True: which of the TP group's tokens are real.
+        mc2_mask: MC2: bool ``[padded_num_tokens]``, a prefix of True: which of the TP group's tokens are real. For sharded
+            tokens, all shards of the group have as many rows.
         max_tokens_across_dp: ALLGATHER, DP form: rows that each rank of DP pads to, at least T and the same on all of
             them. None: T is the same on all of them.
         max_tokens_across_pcp: ALLGATHER, DP form: rows that the result of the DP gather (``DP * max_tokens_across_dp``, or
@@ -149,6 +150,8 @@ def lay_out_like_prepared(
     check_choice("lay_out_like_prepared", "strategy", strategy, Strategy)
     check_dtype("lay_out_like_prepared", "input_ids", input_ids, INTEGERS)
     num_tokens = state.num_tokens
+    if input_ids.dim() < 1:
+        raise ValueError("lay_out_like_prepared: input_ids must have at least 1 dimension, got 0-D")
     check_equal("lay_out_like_prepared", "rows of input_ids", input_ids.shape[0], num_tokens, "state.num_tokens")
     if strategy in (Strategy.ALL2ALL, Strategy.MC2):
         return all2all.lay_out(input_ids, state, groups=groups)
@@ -167,10 +170,9 @@ def output_reduction(*, strategy: Strategy, groups: ParallelGroups, tokens_are_s
 
 
 def active_rows(prepared: PrepareOutput, *, groups: ParallelGroups) -> torch.Tensor:
-    """bool ``[rows]``: which rows of an ALL2ALL or MC2 prepare hold real tokens (those of the mask, where there is one)."""
-    if prepared.mc2_mask is not None:
-        return prepared.mc2_mask
+    """bool ``[rows]``: which rows of an ALL2ALL or MC2 prepare hold real tokens, and are not masked."""
     rows, state = prepared.hidden_states.shape[0], prepared.state
     is_chunk = isinstance(state, ShardState) and state.num_chunks > 1
     _, num_real = chunk_bounds(state.num_tokens, rows, groups.tp.rank if is_chunk else 0)
-    return torch.arange(rows, device=prepared.hidden_states.device) < num_real
+    is_real = torch.arange(rows, device=prepared.hidden_states.device) < num_real
+    return is_real if prepared.mc2_mask is None else is_real & prepared.mc2_mask

@@ -5,7 +5,7 @@ T tokens, P tokens padded to a multiple of TP, H hidden.
 
 import torch
 
-from fake_impls.checks import check_equal
+from fake_impls.checks import check_dim, check_equal
 from fake_impls.layout import padded_rows
 from fake_impls.strategies import all2all as shapes
 from moe_ops._library import define
@@ -17,7 +17,7 @@ from moe_ops.types import PrepareOutput, ShardState, State, UnchangedState
 def _prepare(
     hidden_states: torch.Tensor, router_logits: torch.Tensor, group: str, size: int, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    check_group("prepare", "tp", group, size)
+    check_group("prepare", "tp", group, size, rank)
     shapes.check_tokens("prepare", hidden_states, router_logits)
     num_tokens = hidden_states.shape[0]
     padded = padded_rows(num_tokens, size)
@@ -63,8 +63,7 @@ def chunk(x: torch.Tensor, *, groups: ParallelGroups) -> tuple[torch.Tensor, Sha
 def finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:
     """Gather the chunks over TP and cut the padding. One all-gather over TP."""
     if isinstance(state, UnchangedState):
-        check_equal("finalize", "rows of hidden_states", hidden_states.shape[0], state.num_tokens, "state.num_tokens")
-        return hidden_states
+        return unchanged(hidden_states, state)
     num_tokens = shard_state("finalize", state).num_tokens
     output: torch.Tensor = finalize_all2all(hidden_states, num_tokens, groups.tp.name, groups.tp.size)
     return output
@@ -77,6 +76,13 @@ def lay_out(token_ids: torch.Tensor, state: State, *, groups: ParallelGroups) ->
     _, padded, num_chunks = shard_state("lay_out_like_prepared", state)
     chunk_ids: torch.Tensor = chunk_tokens(token_ids, padded, num_chunks, 0 if num_chunks == 1 else groups.tp.rank, -1)
     return chunk_ids
+
+
+def unchanged(hidden_states: torch.Tensor, state: State) -> torch.Tensor:
+    """`hidden_states`, if it has the rows that prepare returned: those that it was given."""
+    check_dim("finalize", "hidden_states", hidden_states, 2)
+    check_equal("finalize", "rows of hidden_states", hidden_states.shape[0], state.num_tokens, "state.num_tokens")
+    return hidden_states
 
 
 def shard_state(op: str, state: State) -> ShardState:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fake_impls.checks import check_equal
 from fake_impls.layout import largest
 from fake_impls.strategies import allgather as shapes
 from fake_impls.strategies.all2all import check_tokens
@@ -16,6 +15,7 @@ from moe_ops._library import define
 from moe_ops.collectives import all_reduce, copy_rows, expand_rows, gather_rows, reduce_scatter
 from moe_ops.groups import ParallelGroups, check_group
 from moe_ops.quantize import quantize_activations
+from moe_ops.strategies.all2all import unchanged
 from moe_ops.types import DataParallelState, ExpertParallelState, PrepareOutput, Quant, State, UnchangedState
 
 
@@ -34,7 +34,7 @@ def _gather_dp(
         num_tokens, max_tokens_across_dp, max_tokens_across_pcp, dp_size, pcp_size
     )
     if dp_size == 1 and pcp_size == 1:
-        tensors = [tensor.clone() for tensor in tensors]
+        tensors = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     if dp_size > 1:
         check_group("prepare", "dp", dp_group, dp_size)
         tensors = gather_rows(tensors, rows=padded, fill=fill, size=dp_size, group=dp_group)
@@ -69,7 +69,7 @@ def _reduce_dp(
 def _gather_ep(
     tensors: Sequence[torch.Tensor], counts: Sequence[int] | None, group: str, size: int, rank: int
 ) -> tuple[list[torch.Tensor], int, int]:
-    check_group("prepare", "ep", group, size)
+    check_group("prepare", "ep", group, size, rank)
     num_tokens = rows = tensors[0].shape[0]
     if counts is not None:
         shapes.check_counts("prepare", num_tokens, counts, size, rank)
@@ -149,6 +149,8 @@ def gather_over_ep(
     tensors: Sequence[torch.Tensor], groups: ParallelGroups, num_tokens_across_ep: Sequence[int] | None
 ) -> tuple[list[torch.Tensor], State]:
     """Gather the rows of tensors that travel together over EP, ragged counts compacted."""
+    if isinstance(num_tokens_across_ep, torch.Tensor):
+        raise TypeError("prepare: num_tokens_across_ep must be a sequence of integers, got a tensor")
     counts = None if num_tokens_across_ep is None else tuple(num_tokens_across_ep)
     if groups.ep.size == 1:
         num_tokens = tensors[0].shape[0]
@@ -197,12 +199,12 @@ def finalize(
     """
     if isinstance(state, ExpertParallelState):
         if groups.ep.size == 1:
-            return _unchanged(hidden_states, state)
+            return unchanged(hidden_states, state)
         counts = state.num_tokens_across_ep or None
         summed: torch.Tensor = finalize_allgather_ep(hidden_states, state.num_tokens, counts, *groups.ep[:2])
         return summed
     if isinstance(state, UnchangedState):
-        hidden_states = _unchanged(hidden_states, state)
+        hidden_states = unchanged(hidden_states, state)
     else:
         dp_state = _dp_state("finalize", state)
         lengths = dp_state.num_tokens, dp_state.num_tokens_before_pcp, dp_state.padded_num_tokens_before_pcp
@@ -224,11 +226,6 @@ def lay_out(token_ids: torch.Tensor, state: State, *, groups: ParallelGroups) ->
     lengths = dp_state.padded_num_tokens, dp_state.padded_num_tokens_before_pcp
     gathered, _ = _gather_over_dp([token_ids], [-1], groups, *lengths)
     return gathered[0]
-
-
-def _unchanged(hidden_states: torch.Tensor, state: State) -> torch.Tensor:
-    check_equal("finalize", "rows of hidden_states", hidden_states.shape[0], state.num_tokens, "state.num_tokens")
-    return hidden_states
 
 
 def _dp_state(op: str, state: State) -> DataParallelState:

@@ -6,12 +6,12 @@ T tokens, P padded tokens (common to the EP group), H hidden.
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fake_impls.checks import check_equal
+from fake_impls.checks import check_dim
 from fake_impls.strategies import mc2 as shapes
 from moe_ops._library import define
 from moe_ops.collectives import all_gather, chunk_rows, copy_rows, pad_rows
 from moe_ops.groups import Group, ParallelGroups, check_group
-from moe_ops.strategies.all2all import shard_state
+from moe_ops.strategies.all2all import shard_state, unchanged
 from moe_ops.types import PrepareOutput, ShardState, State, UnchangedState
 
 
@@ -26,7 +26,7 @@ def _prepare(
 ) -> tuple[list[torch.Tensor], int, int]:
     shapes.check_prepare(hidden_states, router_logits, mc2_mask, padded_num_tokens, size)
     if size > 1:
-        check_group("prepare", "tp", group, size)
+        check_group("prepare", "tp", group, size, rank)
     tensors = [hidden_states, router_logits] if mc2_mask is None else [hidden_states, router_logits, mc2_mask]
     chunks = [chunk_rows(tensor, padded_num_tokens, size, rank) for tensor in tensors]
     return chunks, hidden_states.shape[0], padded_num_tokens
@@ -74,11 +74,14 @@ def prepare(
     """Pad to the common length and chunk over TP, the mask with the tokens. No collective.
 
     A sequence-parallel shard is one chunk already: it is padded to the common chunk length, and its mask is the part of
-    the TP group's mask that belongs to the shard's own tokens. With `shared_expert_dp` each TP rank keeps all tokens.
+    the TP group's mask that belongs to the shard's own tokens, all shards of the group having as many rows. With
+    `shared_expert_dp` each TP rank keeps all tokens.
     """
+    check_dim("prepare", "hidden_states", hidden_states, 2)
     num_tokens = hidden_states.shape[0]
     padded, mask, tp = padded_num_tokens, mc2_mask, groups.tp
     if padded is None and mask is not None:
+        check_dim("prepare", "mc2_mask", mask, 1)
         padded = mask.shape[0]
     if padded is None:
         if not tokens_are_sharded:
@@ -103,8 +106,7 @@ def prepare(
 def finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:
     """Gather the chunks over TP, where prepare cut them, and cut the padding. At most one all-gather over TP."""
     if isinstance(state, UnchangedState):
-        check_equal("finalize", "rows of hidden_states", hidden_states.shape[0], state.num_tokens, "state.num_tokens")
-        return hidden_states
+        return unchanged(hidden_states, state)
     num_tokens, padded, num_chunks = shard_state("finalize", state)
     whole = Group.single() if num_chunks == 1 else groups.tp
     output: torch.Tensor = finalize_mc2(hidden_states, num_tokens, padded, whole.name, whole.size)

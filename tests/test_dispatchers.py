@@ -1,0 +1,213 @@
+"""Dispatch and combine, step by step: which rows reach which expert, capacities, drops, host reads."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._dynamo.backends.common import aot_autograd
+
+import moe_ops as mo
+from moe_ops.dispatchers.all_to_all import NotCapturableError, combine_all_to_all, dispatch_all_to_all
+from moe_ops.dispatchers.copies import pack_copies, plan_copies
+from moe_ops.dispatchers.fixed_capacity import combine_fixed_capacity, dispatch_fixed_capacity
+from moe_ops.dispatchers.local import combine_local, dispatch_local, weigh_input
+from moe_ops.traffic import count_traffic
+
+from .ranks import RankPool, groups_of
+
+H, E, W = 3, 8, 4
+
+
+def draw_batch(seed: int, num_rows: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of small integers, distinct ids (some of them -1), and weights that are powers of two: sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-9, 10, (num_rows, H), generator=generator).float()
+    ids = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(num_rows)] or [torch.zeros(top_k)])
+    ids = ids[:num_rows].to(torch.int32)
+    ids[torch.rand(ids.shape, generator=generator) < 0.2] = -1
+    return hidden, ids, 2.0 ** torch.randint(-3, 2, ids.shape, generator=generator)
+
+
+def expected_rows(hidden: torch.Tensor, ids: torch.Tensor, expert: int) -> list[list[float]]:
+    return [row.tolist() for row, chosen in zip(hidden, ids.tolist(), strict=True) for one in chosen if one == expert]
+
+
+@given(num_rows=st.integers(0, 20), top_k=st.integers(1, 4), first=st.integers(0, 7), local=st.integers(1, 4))
+@settings(max_examples=200)
+def test_local_groups_rows_by_expert(num_rows: int, top_k: int, first: int, local: int) -> None:
+    hidden, ids, weights = draw_batch(num_rows, num_rows, top_k)
+    dispatched = dispatch_local(
+        hidden, ids, weights, first_expert=first, num_local_experts=local, scale=hidden[:, 0].clone()
+    )
+    assert dispatched.rows.shape == (num_rows * top_k, H)
+    groups = dispatched.rows[: dispatched.counts.sum()].split(dispatched.counts.tolist())
+    for expert, group in enumerate(groups):
+        assert group.tolist() == expected_rows(hidden, ids, first + expert)
+    assert dispatched.scale is not None
+    assert torch.equal(dispatched.scale, dispatched.rows[:, 0])
+    poisoned = dispatched.rows * 3
+    poisoned[dispatched.counts.sum() :] = torch.nan
+    is_local = (ids >= first) & (ids < first + local) & (ids >= 0)
+    expected = hidden * 3 * (weights * is_local).sum(1, keepdim=True)
+    assert torch.equal(combine_local(poisoned, dispatched.state), expected)
+    weighed = weigh_input(dispatched.rows, dispatched.state) * 3
+    weighed[dispatched.counts.sum() :] = torch.nan
+    assert torch.equal(combine_local(weighed, dispatched.state, is_weighed=True), expected)
+
+
+@given(num_rows=st.integers(0, 12), top_k=st.integers(1, 4), capacity=st.one_of(st.none(), st.integers(0, 12)))
+@settings(max_examples=200)
+def test_each_rank_gets_one_copy_of_a_row(num_rows: int, top_k: int, capacity: int | None) -> None:
+    _, ids, _ = draw_batch(num_rows, num_rows, top_k)
+    positions, counts = plan_copies(ids, E // W, W, capacity)
+    wanted = [[row for row in range(num_rows) if any(i >= 0 and i // 2 == rank for i in ids[row])] for rank in range(W)]
+    assert counts.tolist() == [len(rows) for rows in wanted]
+    kept = [rows if capacity is None else rows[:capacity] for rows in wanted]
+    starts = [sum(map(len, kept[:rank])) if capacity is None else rank * capacity for rank in range(W)]
+    places = {(row, rank): starts[rank] + i for rank in range(W) for i, row in enumerate(kept[rank])}
+    assert positions.tolist() == [[places.get((row, rank), -1) for rank in range(W)] for row in range(num_rows)]
+    total = sum(map(len, kept)) if capacity is None else W * capacity
+    numbers = torch.arange(num_rows, dtype=torch.int32)
+    packed = pack_copies([numbers], positions, total, [-1]).view(torch.int32).flatten().tolist()
+    assert packed == [next((row for (row, _), at in places.items() if at == place), -1) for place in range(total)]
+
+
+def exchange(
+    rank: int, seed: int, counts: list[int], top_k: int, capacity: int | None
+) -> tuple[list[Any], torch.Tensor, int]:
+    """The groups of rows that arrive, what comes back when experts multiply by their id plus one, and the drops."""
+    ep = groups_of(1, 1, 4).ep
+    hidden, ids, weights = draw_batch(seed + rank, counts[rank], top_k)
+    if capacity is None:
+        dispatched, sent = dispatch_all_to_all(hidden, ids, weights, num_local_experts=2, ep=ep)
+    else:
+        dispatched, places = dispatch_fixed_capacity(
+            hidden, ids, weights, capacity=capacity, num_local_experts=2, ep=ep
+        )
+    factor = torch.tensor([2.0 * rank + 1, 2.0 * rank + 2]).repeat_interleave(dispatched.counts)
+    rows = torch.full_like(dispatched.rows, torch.nan)
+    rows[: len(factor)] = dispatched.rows[: len(factor)] * factor.unsqueeze(1)
+    groups = [group.tolist() for group in dispatched.rows[: len(factor)].split(dispatched.counts.tolist())]
+    if capacity is None:
+        return groups, combine_all_to_all(rows, dispatched, sent, ep=ep), 0
+    output = combine_fixed_capacity(rows, dispatched, places, ep=ep)
+    return groups, output, int(places.num_dropped)
+
+
+@given(
+    seed=st.integers(0, 999),
+    counts=st.lists(st.sampled_from([0, 1, 2, 5, 11]), min_size=4, max_size=4),
+    top_k=st.integers(1, 4),
+    is_ragged=st.booleans(),
+)
+@settings(max_examples=60)
+def test_rows_reach_their_experts_and_come_back(
+    ranks4: RankPool, seed: int, counts: list[int], top_k: int, is_ragged: bool
+) -> None:
+    batches = [draw_batch(seed + rank, count, top_k) for rank, count in enumerate(counts)]
+    hidden, ids = (torch.cat([batch[i] for batch in batches]) for i in range(2))
+    answers = ranks4.run(exchange, seed, counts, top_k, None if is_ragged else max(counts))
+    for rank, (groups, output, num_dropped) in enumerate(answers):
+        assert groups == [expected_rows(hidden, ids, 2 * rank + expert) for expert in range(2)]
+        x, own_ids, weights = batches[rank]
+        factors = torch.where(own_ids >= 0, (own_ids + 1) * weights, 0).sum(1, keepdim=True)
+        assert torch.equal(output, x * factors)
+        assert num_dropped == 0
+
+
+@given(seed=st.integers(0, 999), capacity=st.integers(0, 8))
+@settings(max_examples=40)
+def test_a_small_capacity_drops_the_last_rows_and_counts_them(ranks4: RankPool, seed: int, capacity: int) -> None:
+    counts, top_k = [11, 4, 0, 9], 2
+    answers = ranks4.run(exchange, seed, counts, top_k, capacity)
+    for rank, (_, output, num_dropped) in enumerate(answers):
+        x, ids, weights = draw_batch(seed + rank, counts[rank], top_k)
+        sent = [0] * W
+        factors, dropped = [], 0
+        for chosen, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+            fits = {}
+            for destination in {i // 2 for i in chosen if i >= 0}:
+                fits[destination] = sent[destination] < capacity
+                sent[destination] += 1
+                dropped += not fits[destination]
+            factors.append(sum((i + 1) * w for i, w in zip(chosen, weight, strict=True) if i >= 0 and fits[i // 2]))
+        assert torch.equal(output, x * torch.tensor(factors).view(-1, 1))
+        assert num_dropped == dropped
+
+
+def count_collectives(rank: int, capacity: int | None) -> int:
+    exchange(rank, 1, [5] * 4, 2, capacity)
+    return count_traffic(lambda: exchange(rank, 1, [5] * 4, 2, capacity)).collectives
+
+
+@pytest.mark.parametrize(("capacity", "number"), [(None, 3), (5, 2)], ids=["ragged", "fixed"])
+def test_one_collective_each_way(ranks4: RankPool, capacity: int | None, number: int) -> None:
+    """And one for the counts, where they are not fixed."""
+    assert ranks4.run(count_collectives, capacity) == [number] * 4
+
+
+def targets_of_the_graph(rank: int, strategy: mo.Strategy, dispatch: mo.Dispatch) -> list[str]:
+    """What a back end is given of the whole stage."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    groups = groups_of(2, 1, 2)
+    experts = mo.ExpertWeights(torch.zeros(2, 8, H), torch.zeros(2, H, 4))
+
+    def stage(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return mo.moe_stage(
+            x,
+            logits,
+            experts,
+            routing=mo.Routing(2, E),
+            strategy=strategy,
+            groups=groups,
+            dispatch=dispatch,
+            mc2_mask=mask,
+            max_tokens_across_dp=mask.shape[0],
+        )
+
+    tensors = torch.zeros(5, H), torch.zeros(5, E), torch.ones(6, dtype=torch.bool)
+    mo.mark_token_axes(*tensors)
+    backend = aot_autograd(fw_compiler=keep)
+    with torch.no_grad():
+        torch.compile(stage, backend=backend, fullgraph=True)(*tensors)
+    return [str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dispatch", "num_reads"),
+    [
+        (mo.Strategy.ALL2ALL, mo.Dispatch.ALL_TO_ALL, 2 * W),
+        (mo.Strategy.ALL2ALL, mo.Dispatch.FIXED_CAPACITY, 0),
+        (mo.Strategy.MC2, mo.Dispatch.FIXED_CAPACITY, 0),
+        (mo.Strategy.ALLGATHER, mo.Dispatch.LOCAL, 0),
+    ],
+)
+def test_only_the_ragged_exchange_reads_on_the_host(
+    ranks4: RankPool, strategy: mo.Strategy, dispatch: mo.Dispatch, num_reads: int
+) -> None:
+    for targets in ranks4.run(targets_of_the_graph, strategy, dispatch):
+        assert sum(target.startswith(("aten._local_scalar_dense", "aten.item")) for target in targets) == num_reads
+        assert not any(name in target for target in targets for name in ("nonzero", "masked_select", "unique"))
+        assert not any("prepare" in target or "dispatch" in target or "combine" in target for target in targets)
+
+
+def test_a_capture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, fake_group4: str) -> None:
+    """A stand-in for a device that captures: there is none here."""
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ids = torch.zeros(2, 1, dtype=torch.int32).as_subclass(OnDevice)
+    with pytest.raises(NotCapturableError, match=r"ALL_TO_ALL reads its split sizes on the host.*FIXED_CAPACITY can"):
+        dispatch_all_to_all(
+            torch.zeros(2, H), ids, torch.zeros(2, 1), num_local_experts=2, ep=mo.Group(fake_group4, 4, 0)
+        )
