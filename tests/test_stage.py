@@ -17,6 +17,7 @@ from moe_ops.route import route
 
 from .oracle import dense_moe
 from .ranks import RankPool, coordinates, groups_of
+from .simulated import local, simulated_world
 
 E, VOCABULARY = 8, 11
 Layout = tuple[int, int, int]
@@ -486,3 +487,35 @@ def test_coordinates_of_the_layout_are_those_of_the_library() -> None:
     assert [coordinates(rank, 2, 2) for rank in range(8)] == [
         (d, p, t) for d in range(2) for p in range(2) for t in range(2)
     ]
+
+
+@pytest.mark.parametrize("form", ["all2all-fixed", "mc2", "allgather-dp", "allgather-ep"])
+@pytest.mark.parametrize("layout", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_simulated_ranks_agree_with_the_oracle(form: str, layout: tuple[int, int, int]) -> None:
+    """One expert a rank, on topologies for which four processes are too few."""
+    problem = Problem(form, layout, (3, 0, 5, 1, 2, 4, 0, 1), seed=9)
+    dp, pcp, tp = layout
+    strategy, sharded, dispatch = FORMS[problem.form]
+    with simulated_world(dp, pcp, tp) as world:
+        batches = [problem.tokens(problem.owner(rank)) for rank in range(world.size)]
+        whole = problem.experts()
+        counts = [problem.counts[problem.owner(rank)] for rank in range(world.size)]
+        longest, padded = max(counts), -(-max(counts) // tp) * tp
+        result = mo.moe_stage(
+            world.tensor([hidden for hidden, _, _ in batches]),
+            world.tensor([logits for _, logits, _ in batches]),
+            mo.ExpertWeights(*(world.tensor([w[r : r + 1] for r in range(world.size)]) for w in (whole.w13, whole.w2))),
+            routing=problem.routing,
+            strategy=strategy,
+            groups=world.groups,
+            dispatch=dispatch,
+            reduce_results=True,
+            mc2_mask=world.tensor([torch.arange(padded) < count for count in counts]),
+            max_tokens_across_dp=longest,
+            max_tokens_across_pcp=longest * dp,
+            num_tokens_across_ep=counts if sharded else None,
+            tokens_are_sharded=sharded,
+        )
+        for rank in range(world.size):
+            expected = expected_of(problem, rank)
+            torch.testing.assert_close(local(result, rank).double(), expected, rtol=1e-4, atol=1e-5)

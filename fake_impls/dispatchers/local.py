@@ -10,15 +10,15 @@ from fake_impls.route import IDS
 
 def permute_by_expert(
     tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """``[N, ...] each, int [N, K] -> [R, ...] each, int64 [E], int64 [N, K]``."""
+) -> list[torch.Tensor]:
+    """``[N, ...] each, int [N, K] -> [R, ...] each, then int64 [E] and int64 [N, K]``."""
     check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
-    return (
-        [tensor.new_empty(num_rows * top_k, *tensor.shape[1:]) for tensor in tensors],
+    return [
+        *(tensor.new_empty(num_rows * top_k, *tensor.shape[1:]) for tensor in tensors),
         topk_ids.new_empty(num_local_experts, dtype=torch.int64),
         topk_ids.new_empty(num_rows, top_k, dtype=torch.int64),
-    )
+    ]
 
 
 def unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class LocalDispatch(NamedTuple):
 
 def _permute(
     tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+) -> list[torch.Tensor]:
     shapes.check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     local_R = topk_ids.to(torch.int64).flatten() - first_expert
@@ -54,7 +54,7 @@ def _permute(
     positions_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
     positions = torch.where(is_local_R, positions_R, -1).view(num_rows, top_k)
     rows_R = order_R // top_k
-    return [tensor.index_select(0, rows_R) for tensor in tensors], counts[:num_local_experts].clone(), positions
+    return [*(tensor.index_select(0, rows_R) for tensor in tensors), counts[:num_local_experts].clone(), positions]
 
 
 def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
@@ -79,8 +79,8 @@ def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tens
 
 
 permute_by_expert = define(
-    "permute_by_expert(Tensor[] tensors, Tensor topk_ids, SymInt first_expert, int num_local_experts)"
-    " -> (Tensor[], Tensor, Tensor)",
+    # One flat list, because torch's simulation of several ranks takes no list within a tuple.
+    "permute_by_expert(Tensor[] tensors, Tensor topk_ids, SymInt first_expert, int num_local_experts) -> Tensor[]",
     kernel=_permute,
     fake=shapes.permute_by_expert,
 )
@@ -112,8 +112,8 @@ def dispatch_local(
         scale: the scales of quantised hidden states.
     """
     tensors = [hidden_states] if scale is None else [hidden_states, scale]
-    rows, counts, positions = permute_by_expert(tensors, topk_ids, first_expert, num_local_experts)
-    return LocalDispatch(rows[0], None if scale is None else rows[1], counts, LocalState(topk_weights, positions))
+    rows, *scales, counts, positions = permute_by_expert(tensors, topk_ids, first_expert, num_local_experts)
+    return LocalDispatch(rows, scales[0] if scales else None, counts, LocalState(topk_weights, positions))
 
 
 def weigh_input(rows: torch.Tensor, state: LocalState) -> torch.Tensor:
