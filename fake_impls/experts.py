@@ -15,6 +15,19 @@ def grouped_linear(
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
+def check_experts(counts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    """Two matrices for each count, of which the first gives a gate and an up row for each input of the second."""
+    check_dim("experts", "w13", w13, 3)
+    check_dim("experts", "w2", w2, 3)
+    if counts.dim() != 1 or w13.shape[0] != counts.shape[0] or w2.shape[0] != counts.shape[0]:
+        raise ValueError(
+            f"experts: w13, w2 and counts must be of as many experts, got {tuple(w13.shape)}, {tuple(w2.shape)} and "
+            f"{tuple(counts.shape)}"
+        )
+    if w13.shape[1] % 2:
+        raise ValueError(f"experts: w13 must have a gate and an up row for each input of w2, got {w13.shape[1]} rows")
+
+
 def check_grouped_linear(
     rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:

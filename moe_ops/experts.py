@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls import experts as shapes
+from fake_impls.checks import FLOATS, check_dtype
 from moe_ops._library import define
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations
 from moe_ops.types import ExpertWeights, Quant
@@ -109,17 +110,20 @@ def run_experts(
     Raises:
         ValueError: shapes do not fit each other.
         TypeError: a dtype is not supported, or differs from that of the rows.
+
+    On a CUDA device, ``F.grouped_mm`` has a kernel for bfloat16; for other dtypes torch reads the groups on the host.
     """
-    if scale is not None and dtype is None:
-        raise ValueError("experts: dtype must be given for quantised rows, got None")
+    if scale is not None and (dtype is None or quant is Quant.NONE):
+        raise ValueError(f"experts: dtype and quant must be given for quantised rows, got {dtype} and {quant}")
+    shapes.check_experts(counts, experts.w13, experts.w2)
     dtype = rows.dtype if dtype is None else dtype
     hidden_size = experts.w2.shape[1]
     is_quantized = quant is not Quant.NONE or experts.w13_scale is not None or experts.w2_scale is not None
     x = _values(rows, scale, quant, hidden_size)
-    w13 = _weight(experts.w13, experts.w13_scale, hidden_size, is_quantized)
+    w13 = _weight("w13", experts.w13, experts.w13_scale, hidden_size, is_quantized)
     x = x.to(torch.float32) if is_quantized else x
     inner = activate(grouped_linear(x, counts, w13, _bias(experts.w13_bias, is_quantized)), experts.activation)
-    w2 = _weight(experts.w2, experts.w2_scale, inner.shape[1], is_quantized)
+    w2 = _weight("w2", experts.w2, experts.w2_scale, inner.shape[1], is_quantized)
     inner = _values(inner, None, quant, inner.shape[1])
     output = grouped_linear(inner, counts, w2, _bias(experts.w2_bias, is_quantized))
     result: torch.Tensor = output.to(dtype)
@@ -135,9 +139,12 @@ def _values(x: torch.Tensor, scale: torch.Tensor | None, quant: Quant, width: in
     return dequantize_activations(x, scale, quant=quant, hidden_size=width)
 
 
-def _weight(weight: torch.Tensor, scale: torch.Tensor | None, num_inputs: int, is_quantized: bool) -> torch.Tensor:
+def _weight(
+    name: str, weight: torch.Tensor, scale: torch.Tensor | None, num_inputs: int, is_quantized: bool
+) -> torch.Tensor:
     if scale is not None:
         return dequantize_weights(weight, scale, num_inputs=num_inputs)
+    check_dtype("experts", f"{name} without {name}_scale", weight, FLOATS)
     return weight.to(torch.float32) if is_quantized else weight
 
 

@@ -28,7 +28,6 @@ INT8_MAX, INT4_MAX = 127, 7
 E4M3_MAX, E4M3_EMAX = 448.0, 8
 E2M1_MAX, E2M1_EMAX = 6.0, 2
 E8M0_BIAS, E8M0_NAN = 127, 255
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MANTISSA_BITS = 23  # of float32
 
 
@@ -85,7 +84,7 @@ def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pairs_TP, scale_TB = shapes.quantize_mxfp4(x)
     scaled_TH = _scale_blocks(x, E2M1_EMAX, scale_TB)
     magnitude_TH = scaled_TH.abs().clamp(max=E2M1_MAX)
-    # Codes 0 to 7 are E2M1_VALUES, in steps of 0.5 below 2, 1 below 4 and 2 from there; round() takes ties to even codes.
+    # Codes 0 to 7 go in steps of 0.5 below 2, of 1 below 4 and of 2 from there; round() takes ties to even codes.
     coarse_TH = torch.where(magnitude_TH < 4, magnitude_TH.round() + 2, (magnitude_TH / 2).round() + 4)
     code_TH = torch.where(magnitude_TH < 2, (magnitude_TH * 2).round(), coarse_TH).to(torch.uint8)
     code_TH = code_TH | (scaled_TH.signbit().to(torch.uint8) << 3)
@@ -99,8 +98,11 @@ def _dequantize_mxfp4(
 ) -> torch.Tensor:
     values_TH = shapes.dequantize_mxfp4(quantized, scale, hidden_size, dtype)
     code_TH = torch.stack((quantized & 0xF, quantized >> 4), dim=2).flatten(1)[:, :hidden_size]
-    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=quantized.device)
-    return values_TH.copy_(_times_scales(values[code_TH.to(torch.int32)], scale))
+    step_TH = code_TH & 7
+    # 0, 0.5, 1, 1.5, 2, then 3, 4, 6: computed, since a table would have to be sent to the device.
+    beyond_TH = step_TH.to(torch.float32) - 2 + (step_TH == 7)
+    magnitude_TH = torch.where(step_TH < 5, step_TH.to(torch.float32) * 0.5, beyond_TH)
+    return values_TH.copy_(_times_scales(torch.where(code_TH > 7, -magnitude_TH, magnitude_TH), scale))
 
 
 quantize_int8 = define("quantize_int8(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_int8, fake=shapes.quantize_int8)

@@ -7,27 +7,30 @@ import torch
 from moe_ops.types import ExpertWeights, Routing, SharedExperts
 
 
-def route(logits: list[float], routing: Routing, input_id: int | None = None) -> dict[int, float]:
-    """The experts of one token and their weights."""
-    scores = _scores(logits, routing.scoring)
+def route(logits: torch.Tensor, routing: Routing, input_id: int | None = None) -> dict[int, float]:
+    """The experts of one token and their weights. Scores are float32: which of them tie is part of the specification."""
+    scores = _scores(logits.to(torch.float32), routing.scoring).tolist()
     if routing.token_to_experts is not None and input_id is not None:
         chosen = routing.token_to_experts[input_id].tolist() if input_id >= 0 else []
     else:
         chosen = _choose(scores, routing)
-    weights = {expert: scores[expert] for expert in chosen}
-    if routing.renormalize:
-        total = sum(weights.values()) + 1e-20
-        weights = {expert: weight / total for expert, weight in weights.items()}
-    return {expert: weight * routing.routed_scaling_factor for expert, weight in weights.items()}
+    chosen = [expert for expert in chosen if expert >= 0]
+    total = math.fsum(scores[expert] for expert in chosen) + 1e-20
+    weights: dict[int, float] = {}
+    for expert in chosen:  # a hash table may choose one twice
+        weight = scores[expert] / total if routing.renormalize else scores[expert]
+        weights[expert] = weights.get(expert, 0.0) + weight * routing.routed_scaling_factor
+    return weights
 
 
-def _scores(logits: list[float], scoring: str) -> list[float]:
+def _scores(logits: torch.Tensor, scoring: str) -> torch.Tensor:
     if scoring == "softmax":
-        exponentials = [math.exp(logit - max(logits)) for logit in logits]
-        return [value / sum(exponentials) for value in exponentials]
+        return torch.softmax(logits, dim=0)
     if scoring == "sigmoid":
-        return [1 / (1 + math.exp(-logit)) for logit in logits]
-    return [math.sqrt(math.log1p(math.exp(logit))) for logit in logits]
+        return torch.sigmoid(logits)
+    if scoring == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits).sqrt()
+    raise ValueError(f"reference: scoring must be 'softmax', 'sigmoid' or 'sqrtsoftplus', got {scoring!r}")
 
 
 def _choose(scores: list[float], routing: Routing) -> list[int]:
@@ -87,7 +90,7 @@ def moe_stage(
         ``[T, H]`` of the dtype of `hidden_states`.
     """
     output = torch.zeros(hidden_states.shape, dtype=torch.float64)
-    for token, logits in enumerate(router_logits.double().tolist()):
+    for token, logits in enumerate(router_logits):
         x = hidden_states[token].double()
         input_id = None if input_ids is None else int(input_ids[token])
         for expert, weight in route(logits, routing, input_id).items():

@@ -42,21 +42,24 @@ def _route(
     scores_TE = _score(router_logits.to(torch.float32), scoring)
     if token_to_experts is not None and input_ids is not None:
         chosen_TK = token_to_experts[input_ids.clamp(min=0)].to(torch.int64)
-        is_known_T = input_ids >= 0
-        is_active = is_known_T if is_active is None else is_active & is_known_T
+        is_choice_TK = (chosen_TK >= 0) & (input_ids >= 0).unsqueeze(1)
     else:
         choice_TE = scores_TE if e_score_correction_bias is None else scores_TE + e_score_correction_bias
+        order_TE = _descending(choice_TE)
         if topk_group < num_expert_group:
-            choice_TE = _mask_groups(choice_TE, num_expert_group, topk_group, e_score_correction_bias is not None)
-        chosen_TK = _best(choice_TE, top_k)
-    chosen_weights_TK = scores_TE.gather(1, chosen_TK)
+            is_allowed_TE = _best_groups(choice_TE, num_expert_group, topk_group, e_score_correction_bias is not None)
+            # Those of chosen groups first: by a sort, since no score is so low that a bias of -inf is not as low.
+            order_TE = order_TE.gather(1, _descending(is_allowed_TE.gather(1, order_TE)))
+        chosen_TK = order_TE[:, :top_k]
+        is_choice_TK = torch.ones_like(chosen_TK, dtype=torch.bool)
+    if is_active is not None:
+        is_choice_TK = is_choice_TK & is_active.unsqueeze(1)
+    # Where there is no choice the scores may be NaN.
+    chosen_weights_TK = torch.where(is_choice_TK, scores_TE.gather(1, chosen_TK.clamp(min=0)), 0.0)
     if renormalize:
         chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
-    chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
-    if is_active is not None:
-        chosen_weights_TK = torch.where(is_active.unsqueeze(1), chosen_weights_TK, 0.0)  # which may be NaN
-        chosen_TK = torch.where(is_active.unsqueeze(1), chosen_TK, -1)
-    return weights_TK.copy_(chosen_weights_TK), ids_TK.copy_(chosen_TK)
+    weights_TK.copy_(chosen_weights_TK * routed_scaling_factor)
+    return weights_TK, ids_TK.copy_(torch.where(is_choice_TK, chosen_TK, -1))
 
 
 def _score(logits_TE: torch.Tensor, scoring: str) -> torch.Tensor:
@@ -65,22 +68,24 @@ def _score(logits_TE: torch.Tensor, scoring: str) -> torch.Tensor:
     return torch.sigmoid(logits_TE) if scoring == "sigmoid" else F.softplus(logits_TE).sqrt()
 
 
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the largest of each row. A stable sort, because topk breaks ties in any order: the lowest index wins."""
-    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
+def _descending(values: torch.Tensor) -> torch.Tensor:
+    """The order of each row. A stable sort, because topk breaks ties in any order: the lowest index comes first."""
+    return torch.sort(values, dim=1, descending=True, stable=True).indices
 
 
-def _mask_groups(choice_TE: torch.Tensor, num_groups: int, topk_group: int, has_bias: bool) -> torch.Tensor:
-    """-inf for the experts of groups that are not chosen, so that none of them can win, whatever the sign of the scores."""
+def _best_groups(choice_TE: torch.Tensor, num_groups: int, topk_group: int, has_bias: bool) -> torch.Tensor:
+    """bool ``[T, E]``: which experts are in a group that the token chooses."""
     choice_TGS = choice_TE.unflatten(1, (num_groups, -1))
     best = choice_TGS.topk(min(2 if has_bias else 1, choice_TGS.shape[2]), dim=2).values
-    chosen_TG = torch.zeros_like(best[:, :, 0], dtype=torch.bool).scatter_(1, _best(best.sum(dim=2), topk_group), True)
-    return torch.where(chosen_TG.unsqueeze(2), choice_TGS, -torch.inf).flatten(1)
+    chosen_TC = _descending(best.sum(dim=2))[:, :topk_group]
+    is_chosen_TG = torch.zeros_like(best[:, :, 0], dtype=torch.bool).scatter_(1, chosen_TC, True)
+    return is_chosen_TG.repeat_interleave(choice_TGS.shape[2], dim=1)
 
 
 def _map_to_physical(topk_ids: torch.Tensor, logical_to_physical: torch.Tensor) -> torch.Tensor:
     physical_TK = shapes.map_to_physical(topk_ids, logical_to_physical)
     slots_ER = logical_to_physical if logical_to_physical.dim() == 2 else logical_to_physical.unsqueeze(1)
+    slots_ER = slots_ER.gather(1, _descending(slots_ER >= 0))  # those that there are come first
     logical_TK = topk_ids.clamp(min=0).to(torch.int64)
     num_replicas_TK = (slots_ER >= 0).sum(dim=1)[logical_TK].clamp(min=1)
     token_T1 = torch.arange(topk_ids.shape[0], device=topk_ids.device).unsqueeze(1)
@@ -159,8 +164,8 @@ def route(
         routing.top_k,
         routing.scoring,
         routing.renormalize,
-        routing.num_expert_group or 1,
-        routing.topk_group or 1,
+        1 if routing.num_expert_group is None else routing.num_expert_group,
+        1 if routing.topk_group is None else routing.topk_group,
         routing.e_score_correction_bias,
         routing.routed_scaling_factor,
         is_active,
@@ -168,6 +173,11 @@ def route(
         routing.token_to_experts,
     )
     if routing.logical_to_physical is not None:
+        if routing.logical_to_physical.dim() < 1 or routing.logical_to_physical.shape[0] != routing.num_experts:
+            raise ValueError(
+                f"route: logical_to_physical must be of {routing.num_experts} experts, got "
+                f"{tuple(routing.logical_to_physical.shape)}"
+            )
         topk_ids = map_to_physical(topk_ids, routing.logical_to_physical)
     return topk_weights, topk_ids
 

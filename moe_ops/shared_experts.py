@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from fake_impls.checks import check_dim, check_dtype
 from moe_ops.experts import activate
 from moe_ops.groups import ParallelGroups
 from moe_ops.strategies import all2all, allgather
@@ -40,7 +41,11 @@ def run_shared_experts(
 
     Returns:
         ``[T, H]`` for the tokens given, and whether it is complete or one TP rank's summand.
+
+    Raises:
+        ValueError, TypeError: a weight does not fit the tokens or the others.
     """
+    _check(hidden_states, shared)
     tp = groups.tp
     if tp.size == 1 or (tokens_are_sharded and not shared.is_tp_sharded):
         return _mlp(hidden_states, shared), Reduction.COMPLETE
@@ -53,6 +58,23 @@ def run_shared_experts(
     gathered, gathered_state = allgather.gather_over_ep([hidden_states], over_tp, num_tokens_across_tp)
     summed = allgather.finalize(_mlp(gathered[0], shared), gathered_state, groups=over_tp, reduce_results=False)
     return summed, Reduction.COMPLETE
+
+
+def _check(hidden_states: torch.Tensor, shared: SharedExperts) -> None:
+    """Weights of the dtype of the tokens, that fit them and each other."""
+    check_dim("shared_experts", "hidden_states", hidden_states, 2)
+    weights = {"w13": shared.w13, "w2": shared.w2, "gate": shared.gate}
+    for name, weight in weights.items():
+        if weight is not None:
+            check_dim("shared_experts", name, weight, 2)
+            check_dtype("shared_experts", name, weight, (hidden_states.dtype,))
+    width, inner = hidden_states.shape[1], shared.w2.shape[1]
+    gate_shape = (1, width) if shared.gate is None else tuple(shared.gate.shape)
+    if tuple(shared.w13.shape) != (2 * inner, width) or shared.w2.shape[0] != width or gate_shape != (1, width):
+        raise ValueError(
+            f"shared_experts: w13 must be [2 * I, H], w2 [H, I] and gate [1, H] for H = {width}, got "
+            f"{tuple(shared.w13.shape)}, {tuple(shared.w2.shape)} and {gate_shape}"
+        )
 
 
 def _mlp(x_TH: torch.Tensor, shared: SharedExperts) -> torch.Tensor:

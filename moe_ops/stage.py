@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from fake_impls.checks import check_at_most, check_choice
-from fake_impls.layout import common_rows
+from fake_impls.checks import FLOATS, check_at_most, check_choice, check_dtype
+from fake_impls.layout import common_rows, largest
 from fake_impls.strategies.all2all import check_tokens
 from fake_impls.strategies.allgather import check_counts
 from moe_ops.collectives import all_reduce
@@ -78,8 +78,8 @@ def moe_stage(
         mc2_mask: as in `prepare`. Tokens that it excludes come back as zero (from the routed experts).
         max_tokens_across_dp: as in `prepare`; ALL2ALL with FIXED_CAPACITY: the largest T of any rank.
         max_tokens_across_pcp: as in `prepare`.
-        num_tokens_across_ep: as in `prepare`; ALL2ALL with FIXED_CAPACITY, sharded: T of each EP rank. Shared experts of a
-            shard read the rows of the TP group's other ranks from it.
+        num_tokens_across_ep: as in `prepare`; with FIXED_CAPACITY and sharded tokens: T of each EP rank, from which the rows
+            common to all follow. Shared experts of a shard read the rows of the TP group's other ranks from it.
         tokens_are_sharded: as in `prepare`.
         shared_expert_dp: as in `prepare`.
         quant: what is done to activations before they travel (ALLGATHER EP form, ALL_TO_ALL, FIXED_CAPACITY) or where they are
@@ -97,6 +97,7 @@ def moe_stage(
     """
     layer = _Layer(experts, routing, strategy, groups, _dispatch_kind(strategy, groups, dispatch), quant)
     _check(layer, tokens_are_sharded)
+    check_dtype("moe_stage", "hidden_states", hidden_states, FLOATS)
     counts = num_tokens_across_ep
     if strategy is Strategy.ALLGATHER:
         routed = _run_gathered(
@@ -110,6 +111,10 @@ def moe_stage(
             tokens_are_sharded=tokens_are_sharded,
         )
     else:
+        if tokens_are_sharded and counts is not None:
+            check_counts("moe_stage", hidden_states.shape[0], counts, groups.ep.size, groups.ep.rank)
+            if mc2_mask is None and padded_num_tokens is None:
+                padded_num_tokens = largest(counts) * groups.tp.size
         prepared = prepare(
             hidden_states,
             router_logits,
@@ -122,8 +127,6 @@ def moe_stage(
         )
         num_chunks = 1 if tokens_are_sharded or shared_expert_dp else groups.tp.size
         common = prepared.hidden_states.shape[0]  # which MC2 has on all ranks of EP by contract
-        if tokens_are_sharded and counts is not None:
-            check_counts("moe_stage", hidden_states.shape[0], counts, groups.ep.size, groups.ep.rank)
         if strategy is Strategy.ALL2ALL:
             common = common_rows(common, max_tokens_across_dp, counts if tokens_are_sharded else None, num_chunks)
         routed = _run_exchanged(prepared, layer, input_ids, common)
@@ -174,6 +177,10 @@ def _check(layer: _Layer, tokens_are_sharded: bool) -> None:
         raise ValueError(
             f"moe_stage: experts must hold num_experts / EP = {num_slots} / {groups.ep.size} experts, "
             f"got {layer.num_local_experts}"
+        )
+    if routing.num_redundant_experts and routing.logical_to_physical is None:
+        raise ValueError(
+            f"moe_stage: logical_to_physical must be given with {routing.num_redundant_experts} redundant experts, got None"
         )
     # The ALLGATHER DP form sums over DP, PCP and TP: that must be all ranks that hold a share of the experts.
     ranks = _num_summed(groups)
@@ -290,14 +297,16 @@ def _finish(
             routed.hidden_states, routed.state, strategy=strategy, groups=groups, reduce_results=reduce_results
         )
     output = finalize(routed.hidden_states, routed.state, strategy=strategy, groups=groups)
-    first = groups.ep.rank - groups.tp.rank  # TP ranks follow one another in EP
-    counts = None if num_tokens_across_ep is None else num_tokens_across_ep[first : first + groups.tp.size]
+    counts = None
+    if tokens_are_sharded and num_tokens_across_ep is not None and groups.ep.size > 1:
+        first = groups.ep.rank - groups.tp.rank  # TP ranks follow one another in EP
+        counts = num_tokens_across_ep[first : first + groups.tp.size]
     shared, shared_reduction = run_shared_experts(
         hidden_states,
         shared_experts,
         groups=groups,
         tokens_are_sharded=tokens_are_sharded,
-        num_tokens_across_tp=counts if tokens_are_sharded else None,
+        num_tokens_across_tp=counts,
     )
     reduction = output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=tokens_are_sharded)
     if reduction is Reduction.COMPLETE:

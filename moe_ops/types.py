@@ -114,8 +114,8 @@ class Routing(NamedTuple):
         topk_group: groups that a token chooses from.
         e_score_correction_bias: float ``[E]``, added to the scores for the choice, not for the weights.
         routed_scaling_factor: factor of the weights, after they are renormalised.
-        token_to_experts: int ``[vocabulary, top_k]``: hash routing, where a token's id chooses its experts and its scores
-            only weigh them. Needs `input_ids`.
+        token_to_experts: int ``[vocabulary, top_k]`` (-1 for no choice): hash routing, where a token's id chooses its experts
+            and its scores only weigh them. Needs `input_ids`.
         logical_to_physical: int ``[E]`` or ``[E, replicas]`` (-1 where an expert has fewer): slots of each expert, where
             experts have redundant copies. Of several, token `i` of the call takes number `i` modulo how many there are.
         num_redundant_experts: slots beyond E. EP rank `r` holds the `r`-th equal run of ``E + num_redundant_experts`` slots.
@@ -163,11 +163,11 @@ class SharedExperts(NamedTuple):
     """An MLP that every token goes through, beside the routed experts.
 
     Attributes:
-        w13: ``[2 * I, H]``, the gate in the first ``I`` rows.
+        w13: ``[2 * I, H]``, in the layout of `ExpertWeights`; of the dtype of the tokens.
         w2: ``[H, I]``.
         is_tp_sharded: whether each TP rank holds its part of the intermediate axis, or all hold all of it.
         gate: ``[1, H]``: the output is multiplied by ``sigmoid(x @ gate.T)``, as Qwen2-MoE does; or None.
-        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"`` of the gate projection.
+        activation: as in `ExpertWeights`.
     """
 
     w13: torch.Tensor

@@ -31,23 +31,29 @@ def groups(fake_group4: str) -> mo.ParallelGroups:
     return mo.ParallelGroups(tp=group, dp=group, ep=group, pcp=group)
 
 
-def prepare_and_finalize(form: str, groups: mo.ParallelGroups, quant: mo.Quant = mo.Quant.NONE) -> Stage:
+def prepare_form(
+    form: str, groups: mo.ParallelGroups, x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[Any]
+) -> mo.PrepareOutput:
     strategy, sharded = FORMS[form]
+    most, most_pcp, *counts = (length.shape[0] for length in lengths)
+    return mo.prepare(
+        x,
+        logits,
+        strategy=strategy,
+        groups=groups,
+        mc2_mask=mask,
+        max_tokens_across_dp=most,
+        max_tokens_across_pcp=most_pcp,
+        num_tokens_across_ep=counts,
+        tokens_are_sharded=sharded,
+    )
+
+
+def prepare_and_finalize(form: str, groups: mo.ParallelGroups) -> Stage:
+    strategy, _ = FORMS[form]
 
     def run(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[torch.Tensor]) -> torch.Tensor:
-        most, most_pcp, *counts = (length.shape[0] for length in lengths)
-        out = mo.prepare(
-            x,
-            logits,
-            strategy=strategy,
-            groups=groups,
-            mc2_mask=mask,
-            max_tokens_across_dp=most,
-            max_tokens_across_pcp=most_pcp,
-            num_tokens_across_ep=counts,
-            tokens_are_sharded=sharded,
-            quant=quant,
-        )
+        out = prepare_form(form, groups, x, logits, mask, lengths)
         y = out.hidden_states.to(torch.float32) * 2 + out.router_logits.sum(1, keepdim=True)
         if out.mc2_mask is not None:
             y = torch.where(out.mc2_mask.unsqueeze(1), y, 0)
@@ -132,21 +138,10 @@ def test_one_graph_with_quantised_activations(quant: mo.Quant, groups: mo.Parall
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("form", FORMS)
 def test_one_graph_for_laying_out_ids(form: str, backend: str, groups: mo.ParallelGroups) -> None:
-    strategy, sharded = FORMS[form]
+    strategy, _ = FORMS[form]
 
     def run(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, lengths: list[torch.Tensor]) -> torch.Tensor:
-        most, most_pcp, *counts = (length.shape[0] for length in lengths)
-        out = mo.prepare(
-            x,
-            logits,
-            strategy=strategy,
-            groups=groups,
-            mc2_mask=mask,
-            max_tokens_across_dp=most,
-            max_tokens_across_pcp=most_pcp,
-            num_tokens_across_ep=counts,
-            tokens_are_sharded=sharded,
-        )
+        out = prepare_form(form, groups, x, logits, mask, lengths)
         ids = (x[:, :2] * 8).to(torch.int32)
         laid_out = mo.lay_out_like_prepared(ids, out.state, strategy=strategy, groups=groups)
         torch._check(laid_out.shape[0] == out.hidden_states.shape[0])

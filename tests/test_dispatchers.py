@@ -137,6 +137,30 @@ def test_a_small_capacity_drops_the_last_rows_and_counts_them(ranks4: RankPool, 
         assert num_dropped == dropped
 
 
+def interleave(rank: int, is_ragged: bool) -> bool:
+    """Two batches in flight at once give what one after the other gives."""
+    ep = groups_of(1, 1, 4).ep
+    batches = [draw_batch(10 * seed + rank, 3 + seed + rank, 2) for seed in range(2)]
+    if is_ragged:
+        sent = [dispatch_all_to_all(*batch, num_local_experts=2, ep=ep) for batch in batches]
+        together = [combine_all_to_all(out.rows * 3, out, state, ep=ep) for out, state in sent]
+    else:
+        placed = [dispatch_fixed_capacity(*b, capacity=8, num_local_experts=2, ep=ep) for b in batches]
+        together = [combine_fixed_capacity(out.rows * 3, out, state, ep=ep) for out, state in placed]
+    expected = [x * 3 * torch.where(ids >= 0, weights, 0).sum(1, keepdim=True) for x, ids, weights in batches]
+    return all(torch.equal(found, wanted) for found, wanted in zip(together, expected, strict=True))
+
+
+@pytest.mark.parametrize("is_ragged", [True, False], ids=["ragged", "fixed"])
+def test_micro_batches_interleave(ranks4: RankPool, is_ragged: bool) -> None:
+    assert all(ranks4.run(interleave, is_ragged))
+
+
+def test_a_capacity_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="capacity must not be negative, got -1"):
+        plan_copies(torch.zeros(2, 1, dtype=torch.int32), 2, W, -1)
+
+
 def count_collectives(rank: int, capacity: int | None) -> int:
     exchange(rank, 1, [5] * 4, 2, capacity)
     return count_traffic(lambda: exchange(rank, 1, [5] * 4, 2, capacity)).collectives
@@ -203,7 +227,7 @@ def test_a_capture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, fake_grou
     """A stand-in for a device that captures: there is none here."""
 
     class OnDevice(torch.Tensor):
-        is_cuda = True
+        device = torch.device("cuda")
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ids = torch.zeros(2, 1, dtype=torch.int32).as_subclass(OnDevice)

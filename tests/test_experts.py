@@ -10,6 +10,7 @@ from hypothesis import given, settings
 import moe_ops as mo
 from moe_ops.experts import grouped_linear, run_experts
 from moe_ops.quantize import dequantize_weights, quantize_weights
+from moe_ops.shared_experts import run_shared_experts
 
 from .oracle import mlp
 
@@ -147,8 +148,23 @@ def round_to(x: torch.Tensor, quant: mo.Quant) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changed", "kind", "message"),
     [
+        (
+            {"w2": torch.zeros(3, 4, 4)},
+            ValueError,
+            r"w13, w2 and counts must be of as many experts, got \(2, 8, 4\), \(3, 4",
+        ),
+        (
+            {"w13": torch.zeros(2, 7, 4)},
+            ValueError,
+            "w13 must have a gate and an up row for each input of w2, got 7 rows",
+        ),
+        (
+            {"w2": torch.zeros(2, 4, 4).char()},
+            TypeError,
+            "w2 without w2_scale must have one of the dtypes torch.float32",
+        ),
         ({"w13": torch.zeros(2, 8, 5)}, ValueError, r"weight must be \[E, N, 4\] and counts \[E\], got \(2, 8, 5\)"),
-        ({"w13": torch.zeros(3, 8, 4)}, ValueError, r"got \(3, 8, 4\) and \(2,\)"),
+        ({"w13": torch.zeros(3, 8, 4)}, ValueError, r"of as many experts, got \(3, 8, 4\), \(2, 4, 4\) and \(2,\)"),
         ({"w2": torch.zeros(2, 4, 4).half()}, TypeError, r"weight must have one of the dtypes torch\.float32"),
         (
             {"w2_bias": torch.zeros(2, 3)},
@@ -165,9 +181,24 @@ def test_bad_input_names_the_argument(changed: dict[str, Any], kind: type[Except
         run_experts(torch.zeros(3, 4), torch.tensor([1, 2]), experts)
 
 
-def test_quantised_rows_need_a_dtype() -> None:
+def test_shared_experts_must_fit_the_tokens() -> None:
+    shared = mo.SharedExperts(torch.zeros(6, 4), torch.zeros(4, 3), is_tp_sharded=False)
+    x, groups = torch.zeros(2, 4), mo.ParallelGroups()
+    assert run_shared_experts(x, shared, groups=groups)[1] is mo.Reduction.COMPLETE
+    with pytest.raises(
+        TypeError, match=r"shared_experts: w2 must have one of the dtypes torch.float32, got torch.float16"
+    ):
+        run_shared_experts(x, shared._replace(w2=shared.w2.half()), groups=groups)
+    for changed in ({"w13": torch.zeros(5, 4)}, {"w2": torch.zeros(5, 3)}, {"gate": torch.zeros(2, 4)}):
+        with pytest.raises(
+            ValueError, match=r"w13 must be \[2 \* I, H\], w2 \[H, I\] and gate \[1, H\] for H = 4, got"
+        ):
+            run_shared_experts(x, shared._replace(**changed), groups=groups)
+
+
+def test_quantised_rows_need_a_dtype_and_a_format() -> None:
     experts = mo.ExpertWeights(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4))
-    with pytest.raises(ValueError, match="dtype must be given for quantised rows, got None"):
+    with pytest.raises(ValueError, match=r"dtype and quant must be given for quantised rows, got None and Quant.NONE"):
         run_experts(torch.zeros(3, 4, dtype=torch.int8), torch.tensor([1, 2]), experts, scale=torch.ones(3))
     with pytest.raises(TypeError, match="rows must have one of the dtypes"):
         grouped_linear(torch.zeros(3, 4, dtype=torch.int8), torch.tensor([3]), torch.zeros(1, 2, 4), None)

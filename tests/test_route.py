@@ -70,6 +70,21 @@ def test_groups_that_are_not_chosen_never_win() -> None:
     assert topk_ids.tolist() == [[0, 1, 2, 3]]
 
 
+def test_not_even_experts_of_chosen_groups_that_are_disabled_give_way() -> None:
+    bias = torch.tensor([0.0, 0, 0, 0, 0, 0, -torch.inf, -torch.inf])
+    routing = mo.Routing(3, 8, "sigmoid", num_expert_group=2, topk_group=1, e_score_correction_bias=bias)
+    _, topk_ids = route(torch.tensor([[0.0, 0, 0, 0, 2, 2, 1, 1]]), routing)
+    assert topk_ids.tolist() == [[4, 5, 6]]
+
+
+def test_a_hash_table_may_leave_choices_open() -> None:
+    table = torch.tensor([[2, -1, 1], [-1, -1, -1]])
+    routing = mo.Routing(3, 4, "sigmoid", token_to_experts=table)
+    topk_weights, topk_ids = route(torch.zeros(3, 4), routing, input_ids=torch.tensor([0, 1, -1]))
+    assert topk_ids.tolist() == [[2, -1, 1], [-1] * 3, [-1] * 3]
+    assert topk_weights.tolist() == [[0.5, 0, 0.5], [0.0] * 3, [0.0] * 3]
+
+
 def test_a_bias_chooses_and_does_not_weigh() -> None:
     bias = torch.tensor([0.0, 0, 0, 9])
     topk_weights, topk_ids = route(
@@ -134,7 +149,7 @@ def test_expert_load_counts_every_choice(top_k: int, num_tokens: int, num_expert
 
 
 def test_replicas_take_turns() -> None:
-    table = torch.tensor([[0, 4, 5], [1, -1, -1], [2, 3, -1]])
+    table = torch.tensor([[0, 4, 5], [-1, 1, -1], [2, -1, 3]])
     routing = mo.Routing(1, 3, logical_to_physical=table, num_redundant_experts=3)
     logits = torch.tensor([[9.0, 0, 0]] * 4 + [[0, 9.0, 0]] + [[0, 0, 9.0]] * 2)
     _, topk_ids = route(logits, routing)
@@ -151,6 +166,8 @@ def test_replicas_take_turns() -> None:
         ({"num_expert_group": 3, "topk_group": 1}, "num_expert_group must divide 8 experts, got 3"),
         ({"num_expert_group": 8, "topk_group": 1}, "must hold top_k = 2 experts, got 1"),
         ({"e_score_correction_bias": torch.zeros(7)}, r"e_score_correction_bias must be \[8\], got \(7,\)"),
+        ({"logical_to_physical": torch.zeros(7).int()}, r"logical_to_physical must be of 8 experts, got \(7,\)"),
+        ({"num_expert_group": 2, "topk_group": 0}, "must hold top_k = 2 experts, got 0"),
         ({"token_to_experts": torch.zeros(5, 2, dtype=torch.int64)}, "input_ids must be given with token_to_experts"),
     ],
 )

@@ -19,6 +19,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import fake_impls.collectives
 import fake_impls.dispatchers.all_to_all
+import fake_impls.dispatchers.copies
+import fake_impls.dispatchers.fixed_capacity
 import fake_impls.dispatchers.local
 import fake_impls.experts
 import fake_impls.quantize
@@ -31,6 +33,8 @@ import moe_ops as mo
 MODULES = (
     fake_impls.collectives,
     fake_impls.dispatchers.all_to_all,
+    fake_impls.dispatchers.copies,
+    fake_impls.dispatchers.fixed_capacity,
     fake_impls.dispatchers.local,
     fake_impls.experts,
     fake_impls.quantize,

@@ -14,6 +14,7 @@ from moe_ops import Dispatch, Strategy
 from moe_ops.dispatchers.local import combine_local, dispatch_local
 from moe_ops.experts import run_experts
 from moe_ops.route import route
+from moe_ops.strategies import active_rows
 
 from .oracle import dense_moe
 from .ranks import RankPool, coordinates, groups_of
@@ -479,8 +480,53 @@ def test_arguments_that_do_not_go_together() -> None:
         stage_of_zeros(
             experts=quarter, groups=mo.ParallelGroups(ep=four), dispatch=Dispatch.LOCAL, strategy=Strategy.MC2
         )
+    with pytest.raises(ValueError, match="logical_to_physical must be given with 8 redundant experts, got None"):
+        stage_of_zeros(
+            groups=mo.ParallelGroups(dp=mo.Group("b", 2, 0), ep=mo.Group("b", 2, 0)),
+            routing=mo.Routing(2, 8, num_redundant_experts=8),
+        )
     with pytest.raises(TypeError, match="dispatch must be a Dispatch, got 'local'"):
         stage_of_zeros(dispatch="local")
+
+
+def load_of_a_mask_that_marks_padding(rank: int) -> list[int]:
+    """MC2 with a mask that is True beyond the tokens, as an engine that pads for a graph makes it."""
+    groups = groups_of(1, 1, 4)
+    out = mo.prepare(
+        torch.zeros(3, 4),
+        torch.zeros(3, E),
+        strategy=Strategy.MC2,
+        groups=groups,
+        mc2_mask=torch.ones(8, dtype=torch.bool),
+    )
+    return active_rows(out, groups=groups).tolist()
+
+
+def test_rows_that_pad_are_inactive_whatever_the_mask_says(ranks4: RankPool) -> None:
+    found = ranks4.run(load_of_a_mask_that_marks_padding)
+    assert found == [[True, True], [True, False], [False, False], [False, False]]
+
+
+def run_sharded_without_a_length(rank: int, problem: Problem, strategy: Strategy) -> torch.Tensor:
+    hidden, logits, _ = problem.tokens(rank)
+    return mo.moe_stage(
+        hidden,
+        logits,
+        own_experts(problem, rank),
+        routing=problem.routing,
+        strategy=strategy,
+        groups=groups_of(*problem.layout),
+        dispatch=Dispatch.FIXED_CAPACITY,
+        num_tokens_across_ep=problem.counts,
+        tokens_are_sharded=True,
+    )
+
+
+@pytest.mark.parametrize("strategy", [Strategy.ALL2ALL, Strategy.MC2], ids=lambda s: s.value)
+def test_the_common_length_follows_from_the_counts(ranks4: RankPool, strategy: Strategy) -> None:
+    problem = Problem("all2all-sharded", counts=(5, 3, 0, 2), seed=8)
+    for rank, result in enumerate(ranks4.run(run_sharded_without_a_length, problem, strategy)):
+        torch.testing.assert_close(result.double(), expected_of(problem, rank), rtol=1e-5, atol=1e-5)
 
 
 def test_coordinates_of_the_layout_are_those_of_the_library() -> None:

@@ -77,7 +77,10 @@ def _exchange(x: torch.Tensor, output_splits: Sequence[int], input_splits: Seque
 
 
 def _check_not_capturing(x: torch.Tensor) -> None:
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if x.device.type in ("cpu", "meta"):
+        return
+    is_capturing = getattr(torch.get_device_module(x.device), "is_current_stream_capturing", None)
+    if is_capturing is not None and is_capturing():
         raise NotCapturableError(
             "dispatch: ALL_TO_ALL reads its split sizes on the host and cannot be captured; FIXED_CAPACITY can"
         )
@@ -118,7 +121,7 @@ def dispatch_all_to_all(
         scale: the scales of quantised hidden states.
 
     Raises:
-        NotCapturableError: a CUDA graph is being captured.
+        NotCapturableError: a graph of the device is being captured.
     """
     tensors = [hidden_states, topk_ids, topk_weights, *([] if scale is None else [scale])]
     fill = [0, -1, 0, 0][: len(tensors)]
@@ -152,7 +155,7 @@ def combine_all_to_all(
         is_weighed: whether the weights went into the experts' input already.
 
     Returns:
-        ``[N, H]``: complete. Sums are in float32 and in a fixed order.
+        ``[N, H]``: complete. Sums are in float32 and in a fixed order; a rank's share travels in the dtype of `expert_rows`.
     """
     shares = combine_local(expert_rows, dispatched.state, is_weighed=is_weighed)
     output: torch.Tensor = combine_op(shares, *state, ep.name, ep.size)

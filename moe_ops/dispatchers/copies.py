@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fake_impls.dispatchers import all_to_all as shapes
+from fake_impls.dispatchers import copies as shapes
 from moe_ops._library import define
 from moe_ops.collectives import pack_rows
 
@@ -16,7 +16,7 @@ from moe_ops.collectives import pack_rows
 def _plan_copies(
     topk_ids: torch.Tensor, num_local_experts: int, size: int, capacity: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes.check_plan(topk_ids, num_local_experts)
+    shapes.check_plan(topk_ids, num_local_experts, capacity)
     rank_NK = topk_ids.to(torch.int64).div(num_local_experts, rounding_mode="floor")  # -1 stays -1
     rank_NK = torch.where((topk_ids >= 0) & (rank_NK < size), rank_NK, size)
     goes_NW = torch.zeros(topk_ids.shape[0], size + 1, dtype=torch.int64, device=topk_ids.device)

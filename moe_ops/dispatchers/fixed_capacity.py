@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fake_impls.dispatchers import all_to_all as shapes
+from fake_impls.dispatchers import fixed_capacity as shapes
 from moe_ops._library import define
 from moe_ops.collectives import all_to_all, unpack_rows
 from moe_ops.dispatchers.all_to_all import group_received
@@ -48,7 +48,7 @@ def _dispatch(
 
 def _combine(rows: torch.Tensor, positions: torch.Tensor, group: str, size: int) -> torch.Tensor:
     check_group("combine", "ep", group, size)
-    shapes.combine_fixed_capacity(rows, positions, group, size)
+    shapes.check_combine(rows, positions, size)
     total: torch.Tensor = unpermute(all_to_all(rows, size, group), None, positions)
     return total
 

@@ -71,11 +71,11 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
 
 
 def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    shapes.check_unpermute(rows, weights, positions)
+    weighed_RH = shapes.weigh_rows(rows, weights, positions)
     weights_R = weights.new_zeros(rows.shape[0] + 1)  # one more, for choices that went nowhere
     places_R = torch.where(positions >= 0, positions, rows.shape[0]).flatten()
     weights_R.scatter_(0, places_R, weights.flatten())
-    return (rows.to(torch.float32) * weights_R[:-1].unsqueeze(1)).to(rows.dtype)
+    return weighed_RH.copy_(rows.to(torch.float32) * weights_R[:-1].unsqueeze(1))
 
 
 permute_by_expert = define(
