@@ -51,6 +51,11 @@ def copy_rows(x: torch.Tensor, start: int, length: int) -> torch.Tensor:
     return x.narrow(0, start, length).clone(memory_format=torch.contiguous_format)
 
 
+def on_rank_zero(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """`x` on rank 0, zeros on the others, for a sum over ranks that is to hold it once. The rank may be symbolic."""
+    return torch.where(x.new_zeros(1) == rank, x, 0)
+
+
 def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     """``[R, ...] -> [size * R, ...]`` in rank order."""
     gathered: torch.Tensor = c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), size, group))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.checks import check_dim, check_dtype
+from moe_ops.collectives import all_reduce, on_rank_zero
 from moe_ops.experts import activate
 from moe_ops.groups import ParallelGroups
 from moe_ops.strategies import all2all, allgather
@@ -58,6 +59,49 @@ def run_shared_experts(
     gathered, gathered_state = allgather.gather_over_ep([hidden_states], over_tp, num_tokens_across_tp)
     summed = allgather.finalize(_mlp(gathered[0], shared), gathered_state, groups=over_tp, reduce_results=False)
     return summed, Reduction.COMPLETE
+
+
+def add_shared_experts(
+    routed: torch.Tensor,
+    reduction: Reduction,
+    hidden_states: torch.Tensor,
+    shared: SharedExperts,
+    *,
+    groups: ParallelGroups,
+    reduce_results: bool,
+    tokens_are_sharded: bool = False,
+    num_tokens_across_tp: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """The routed experts' output with the shared experts' added, every sum over TP taken once.
+
+    Args:
+        routed: ``[T, H]``: what finalize returned without `reduce_results`.
+        reduction: whether it is complete or one TP rank's summand, by `output_reduction`.
+        hidden_states: ``[T, H]``, as in `run_shared_experts`.
+        shared: likewise.
+        groups: likewise.
+        reduce_results: complete a summand by one all-reduce over TP. Without it a summand stays one, and a result that was
+            complete stays complete.
+        tokens_are_sharded: as in `run_shared_experts`.
+        num_tokens_across_tp: likewise.
+    """
+    output, output_reduction = run_shared_experts(
+        hidden_states,
+        shared,
+        groups=groups,
+        tokens_are_sharded=tokens_are_sharded,
+        num_tokens_across_tp=num_tokens_across_tp,
+    )
+    if reduction is Reduction.COMPLETE:
+        return routed + (output if output_reduction is Reduction.COMPLETE else _sum_over_tp(output, groups))
+    if output_reduction is Reduction.PARTIAL_OVER_TP:
+        return _sum_over_tp(routed + output, groups) if reduce_results else routed + output
+    return _sum_over_tp(routed, groups) + output if reduce_results else routed + on_rank_zero(output, groups.tp.rank)
+
+
+def _sum_over_tp(x: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
+    total: torch.Tensor = all_reduce(x, groups.tp.name, groups.tp.size)
+    return total
 
 
 def _check(hidden_states: torch.Tensor, shared: SharedExperts) -> None:

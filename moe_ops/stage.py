@@ -9,22 +9,20 @@ from fake_impls.checks import FLOATS, check_at_most, check_choice, check_dtype
 from fake_impls.layout import common_rows, largest
 from fake_impls.strategies.all2all import check_tokens
 from fake_impls.strategies.allgather import check_counts
-from moe_ops.collectives import all_reduce
-from moe_ops.dispatchers.all_to_all import combine_all_to_all, dispatch_all_to_all, group_received
-from moe_ops.dispatchers.fixed_capacity import combine_fixed_capacity, dispatch_fixed_capacity
-from moe_ops.dispatchers.local import LocalDispatch, combine_local, dispatch_local, weigh_input
+from moe_ops.collectives import on_rank_zero
+from moe_ops.dispatchers import combine, dispatch
+from moe_ops.dispatchers.local import weigh_input
 from moe_ops.experts import run_experts
 from moe_ops.groups import ParallelGroups
 from moe_ops.quantize import quantize_activations
 from moe_ops.route import route
-from moe_ops.shared_experts import run_shared_experts
+from moe_ops.shared_experts import add_shared_experts
 from moe_ops.strategies import active_rows, allgather, finalize, lay_out_like_prepared, output_reduction, prepare
 from moe_ops.types import (
     Dispatch,
     ExpertWeights,
     PrepareOutput,
     Quant,
-    Reduction,
     Routing,
     SharedExperts,
     State,
@@ -223,49 +221,49 @@ def _run_gathered(
     )
     if not tokens_are_sharded and layer.groups.ep.size == 1:
         layer = layer._replace(experts=_bias_once(layer.experts, layer.groups))
-    dispatched = group_received(gathered, layer.num_local_experts, layer.groups.ep)
-    rows = _run_experts(dispatched, layer, hidden_states.dtype)
-    is_weighed = layer.routing.apply_router_weight_on_input
-    return _Routed(combine_local(rows, dispatched.state, is_weighed=is_weighed), state)
+    hidden, ids, weights, *scales = gathered
+    output = _run_experts(hidden, ids, weights, layer, scales[0] if scales else None, None, hidden_states.dtype)
+    return _Routed(output, state)
 
 
 def _run_exchanged(prepared: PrepareOutput, layer: _Layer, input_ids: torch.Tensor | None, common: int) -> _Routed:
     """Route the prepared rows, send them to their experts and the results back."""
-    x, state, ep, num_local = prepared.hidden_states, prepared.state, layer.groups.ep, layer.num_local_experts
+    x, state = prepared.hidden_states, prepared.state
     if input_ids is not None:
         input_ids = lay_out_like_prepared(input_ids, state, strategy=layer.strategy, groups=layer.groups)
     is_active = active_rows(prepared, groups=layer.groups)
     topk_weights, topk_ids = route(prepared.router_logits, layer.routing, is_active=is_active, input_ids=input_ids)
+    if layer.dispatch is Dispatch.FIXED_CAPACITY:  # as many as any rank has: nothing is dropped
+        check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
     payload, scale = quantize_activations(x, quant=layer.quant) if layer.travels_quantized else (x, None)
-    is_weighed = layer.routing.apply_router_weight_on_input
-    if layer.dispatch is Dispatch.LOCAL:
-        dispatched = dispatch_local(
-            payload, topk_ids, topk_weights, first_expert=0, num_local_experts=num_local, scale=scale
-        )
-        rows = _run_experts(dispatched, layer, x.dtype)
-        return _Routed(combine_local(rows, dispatched.state, is_weighed=is_weighed), state)
-    if layer.dispatch is Dispatch.ALL_TO_ALL:
-        dispatched, sent = dispatch_all_to_all(
-            payload, topk_ids, topk_weights, num_local_experts=num_local, ep=ep, scale=scale
-        )
-        rows = _run_experts(dispatched, layer, x.dtype)
-        output = combine_all_to_all(rows, dispatched, sent, ep=ep, is_weighed=is_weighed)
-        return _Routed(output, state)
-    # As many as any rank has: nothing is dropped.
-    check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
-    dispatched, places = dispatch_fixed_capacity(
-        payload, topk_ids, topk_weights, capacity=common, num_local_experts=num_local, ep=ep, scale=scale
+    return _Routed(_run_experts(payload, topk_ids, topk_weights, layer, scale, common, x.dtype), state)
+
+
+def _run_experts(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    layer: _Layer,
+    scale: torch.Tensor | None,
+    capacity: int | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Dispatch, experts, combine."""
+    ep, is_weighed = layer.groups.ep, layer.routing.apply_router_weight_on_input
+    dispatched = dispatch(
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        kind=layer.dispatch,
+        num_local_experts=layer.num_local_experts,
+        ep=ep,
+        capacity=capacity,
+        scale=scale,
     )
-    rows = _run_experts(dispatched, layer, x.dtype)
-    output = combine_fixed_capacity(rows, dispatched, places, ep=ep, is_weighed=is_weighed)
-    return _Routed(output, state)
-
-
-def _run_experts(dispatched: LocalDispatch, layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
-    rows = dispatched.rows
-    if layer.routing.apply_router_weight_on_input:
-        rows = weigh_input(rows, dispatched.state)
-    return run_experts(rows, dispatched.counts, layer.experts, scale=dispatched.scale, quant=layer.quant, dtype=dtype)
+    local = dispatched.local
+    rows = weigh_input(local.rows, local.state) if is_weighed else local.rows
+    rows = run_experts(rows, local.counts, layer.experts, scale=local.scale, quant=layer.quant, dtype=dtype)
+    return combine(rows, dispatched, ep=ep, is_weighed=is_weighed)
 
 
 def _bias_once(experts: ExpertWeights, groups: ParallelGroups) -> ExpertWeights:
@@ -273,12 +271,7 @@ def _bias_once(experts: ExpertWeights, groups: ParallelGroups) -> ExpertWeights:
     if experts.w2_bias is None or _num_summed(groups) == 1:
         return experts
     rank = (groups.dp.rank * groups.pcp.size + groups.pcp.rank) * groups.tp.size + groups.tp.rank
-    return experts._replace(w2_bias=_on_rank_zero(experts.w2_bias, rank))
-
-
-def _on_rank_zero(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """`x` on rank 0, zeros on the others; the rank may be symbolic."""
-    return torch.where(x.new_zeros(1) == rank, x, 0)
+    return experts._replace(w2_bias=on_rank_zero(experts.w2_bias, rank))
 
 
 def _finish(
@@ -290,34 +283,23 @@ def _finish(
     num_tokens_across_ep: Sequence[int] | None,
     reduce_results: bool,
 ) -> torch.Tensor:
-    """Finalize and add the shared experts, so that every sum over TP is taken once."""
+    """Finalize and add the shared experts."""
     groups, strategy = layer.groups, layer.strategy
     if shared_experts is None:
         return finalize(
             routed.hidden_states, routed.state, strategy=strategy, groups=groups, reduce_results=reduce_results
         )
-    output = finalize(routed.hidden_states, routed.state, strategy=strategy, groups=groups)
     counts = None
     if tokens_are_sharded and num_tokens_across_ep is not None and groups.ep.size > 1:
         first = groups.ep.rank - groups.tp.rank  # TP ranks follow one another in EP
         counts = num_tokens_across_ep[first : first + groups.tp.size]
-    shared, shared_reduction = run_shared_experts(
+    return add_shared_experts(
+        finalize(routed.hidden_states, routed.state, strategy=strategy, groups=groups),
+        output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=tokens_are_sharded),
         hidden_states,
         shared_experts,
         groups=groups,
+        reduce_results=reduce_results,
         tokens_are_sharded=tokens_are_sharded,
         num_tokens_across_tp=counts,
     )
-    reduction = output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=tokens_are_sharded)
-    if reduction is Reduction.COMPLETE:
-        return output + (shared if shared_reduction is Reduction.COMPLETE else _sum_over_tp(shared, groups))
-    if shared_reduction is Reduction.PARTIAL_OVER_TP:
-        return _sum_over_tp(output + shared, groups) if reduce_results else output + shared
-    if reduce_results:
-        return _sum_over_tp(output, groups) + shared
-    return output + _on_rank_zero(shared, groups.tp.rank)
-
-
-def _sum_over_tp(x: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
-    total: torch.Tensor = all_reduce(x, groups.tp.name, groups.tp.size)
-    return total

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from torch._dynamo.backends.common import aot_autograd
 
 import moe_ops as mo
+from moe_ops.dispatchers import combine, dispatch
 from moe_ops.dispatchers.all_to_all import NotCapturableError, combine_all_to_all, dispatch_all_to_all
 from moe_ops.dispatchers.copies import pack_copies, plan_copies
 from moe_ops.dispatchers.fixed_capacity import combine_fixed_capacity, dispatch_fixed_capacity
@@ -154,6 +155,31 @@ def interleave(rank: int, is_ragged: bool) -> bool:
 @pytest.mark.parametrize("is_ragged", [True, False], ids=["ragged", "fixed"])
 def test_micro_batches_interleave(ranks4: RankPool, is_ragged: bool) -> None:
     assert all(ranks4.run(interleave, is_ragged))
+
+
+def through_one_signature(rank: int, kind: mo.Dispatch) -> tuple[torch.Tensor, bool]:
+    ep = groups_of(1, 1, 4).ep
+    dispatched = dispatch(*draw_batch(rank, 5, 2), kind=kind, num_local_experts=2, ep=ep, capacity=5)
+    return combine(dispatched.local.rows * 3, dispatched, ep=ep), dispatched.exchange is None
+
+
+@pytest.mark.parametrize("kind", list(mo.Dispatch), ids=lambda kind: kind.value)
+def test_one_signature_serves_every_kind(ranks4: RankPool, kind: mo.Dispatch) -> None:
+    for rank, (output, is_local) in enumerate(ranks4.run(through_one_signature, kind)):
+        x, ids, weights = draw_batch(rank, 5, 2)
+        is_here = (ids // 2 == rank) | (kind is not mo.Dispatch.LOCAL)
+        assert torch.equal(output, x * 3 * torch.where((ids >= 0) & is_here, weights, 0).sum(1, keepdim=True))
+        assert is_local is (kind is mo.Dispatch.LOCAL)
+
+
+def test_bad_input_names_the_argument(fake_group4: str) -> None:
+    batch, ep = draw_batch(0, 3, 2), mo.Group(fake_group4, 4, 0)
+    with pytest.raises(ValueError, match="capacity must be given with FIXED_CAPACITY, got None"):
+        dispatch(*batch, kind=mo.Dispatch.FIXED_CAPACITY, num_local_experts=2, ep=ep)
+    with pytest.raises(TypeError, match="kind must be a Dispatch, got 'local'"):
+        dispatch(*batch, kind="local", num_local_experts=2, ep=ep)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_local_experts must be at least 1, got 0"):
+        dispatch(*batch, kind=mo.Dispatch.LOCAL, num_local_experts=0, ep=ep)
 
 
 def test_a_capacity_is_not_negative() -> None:
