@@ -53,6 +53,7 @@ class Problem(NamedTuple):
     has_ep: bool = True
     reduce_results: bool = True
     quant: mo.Quant = mo.Quant.NONE
+    weight_quant: mo.Quant = mo.Quant.NONE
     seed: int = 0
 
     @property
@@ -84,6 +85,23 @@ class Problem(NamedTuple):
 
         biases = (draw(E, 2 * i), draw(E, h)) if self.has_bias else (None, None)
         return mo.ExpertWeights(draw(E, 2 * i, h), draw(E, h, i), *biases, activation=self.activation)
+
+    def quantized_experts(self) -> mo.ExpertWeights:
+        plain = self.experts()
+        if self.weight_quant is mo.Quant.NONE:
+            return plain
+        w13, w13_scale = mo.quantize_weights(plain.w13, quant=self.weight_quant)
+        w2, w2_scale = mo.quantize_weights(plain.w2, quant=self.weight_quant)
+        return plain._replace(w13=w13, w2=w2, w13_scale=w13_scale, w2_scale=w2_scale)
+
+    def rounded_experts(self) -> mo.ExpertWeights:
+        """The values that the quantised weights stand for."""
+        experts = self.quantized_experts()
+        if experts.w13_scale is None or experts.w2_scale is None:
+            return experts
+        w13 = mo.dequantize_weights(experts.w13, experts.w13_scale, num_inputs=self.hidden_size)
+        w2 = mo.dequantize_weights(experts.w2, experts.w2_scale, num_inputs=self.intermediate)
+        return experts._replace(w13=w13, w2=w2)
 
     def shared_experts(self) -> mo.SharedExperts | None:
         if self.shared == "none":
@@ -150,9 +168,9 @@ def problems(draw: Any, form: str) -> Problem:
 
 def own_experts(problem: Problem, rank: int) -> mo.ExpertWeights:
     """Two of the experts, or without EP a fourth of the intermediate axis of all."""
-    whole = problem.experts()
+    whole = problem.quantized_experts()
     if problem.has_ep:
-        return whole._replace(**{name: own_part(getattr(whole, name), rank) for name in whole._fields[:4]})
+        return whole._replace(**{name: own_part(getattr(whole, name), rank) for name in whole._fields[:6]})
     i = problem.intermediate // 4
     mine = torch.arange(rank * i, rank * i + i)
     if problem.activation == "swigluoai":  # gate and up in turn
@@ -263,7 +281,7 @@ def expected_of(problem: Problem, rank: int) -> torch.Tensor:
     expected = dense_moe(
         hidden[:num_real],
         logits[:num_real],
-        problem.experts(),
+        problem.rounded_experts(),
         problem.routing,
         input_ids=input_ids[:num_real],
         shared=shared,
@@ -311,11 +329,15 @@ COMPILED = {
     "w8a8": {"quant": mo.Quant.W8A8},
     "mxfp8": {"quant": mo.Quant.MXFP8},
     "mxfp4": {"quant": mo.Quant.MXFP4},
+    "int8-weights": {"weight_quant": mo.Quant.W8A8, "has_bias": True},
+    "int4-weights": {"weight_quant": mo.Quant.W4A8, "hidden_size": 5},
+    "mxfp8-weights": {"weight_quant": mo.Quant.MXFP8, "hidden_size": 40},
+    "mxfp4-weights": {"weight_quant": mo.Quant.MXFP4, "hidden_size": 33},
 }
 
 
 KINDS = [(kind, "aot_eager") for kind in COMPILED]
-KINDS += [(kind, "inductor") for kind in ("plain", "rich", "mxfp8")]  # which takes seconds a case
+KINDS += [(kind, "inductor") for kind in ("plain", "rich", "mxfp8", "mxfp4-weights")]  # which takes seconds a case
 
 
 @pytest.mark.parametrize(("kind", "backend"), KINDS)
