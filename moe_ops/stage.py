@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fake_impls.checks import FLOATS, check_at_most, check_choice, check_dtype
-from fake_impls.layout import common_rows, largest
+from fake_impls.layout import common_rows, expert_parallel_rank, largest
 from fake_impls.strategies.all2all import check_tokens
 from fake_impls.strategies.allgather import check_counts
 from moe_ops.collectives import on_rank_zero
@@ -98,7 +98,7 @@ def moe_stage(
     check_dtype("moe_stage", "hidden_states", hidden_states, FLOATS)
     counts = num_tokens_across_ep
     if strategy is Strategy.ALLGATHER:
-        routed = _run_gathered(
+        output, state = _run_gathered(
             hidden_states,
             router_logits,
             layer,
@@ -127,8 +127,8 @@ def moe_stage(
         common = prepared.hidden_states.shape[0]  # which MC2 has on all ranks of EP by contract
         if strategy is Strategy.ALL2ALL:
             common = common_rows(common, max_tokens_across_dp, counts if tokens_are_sharded else None, num_chunks)
-        routed = _run_exchanged(prepared, layer, input_ids, common)
-    return _finish(routed, layer, hidden_states, shared_experts, tokens_are_sharded, counts, reduce_results)
+        output, state = _run_exchanged(prepared, layer, input_ids, common)
+    return _finish(output, state, layer, hidden_states, shared_experts, tokens_are_sharded, counts, reduce_results)
 
 
 class _Layer(NamedTuple):
@@ -149,13 +149,6 @@ class _Layer(NamedTuple):
     def travels_quantized(self) -> bool:
         """Whether activations are quantised before they travel. Weights on the input come first, where the experts are."""
         return self.quant is not Quant.NONE and not self.routing.apply_router_weight_on_input
-
-
-class _Routed(NamedTuple):
-    """What the routed experts made of the prepared rows."""
-
-    hidden_states: torch.Tensor
-    state: State
 
 
 def _dispatch_kind(strategy: Strategy, groups: ParallelGroups, dispatch: Dispatch | None) -> Dispatch:
@@ -202,7 +195,7 @@ def _run_gathered(
     max_tokens_across_pcp: int | None,
     num_tokens_across_ep: Sequence[int] | None,
     tokens_are_sharded: bool,
-) -> _Routed:
+) -> tuple[torch.Tensor, State]:
     """Route this rank's tokens, gather all, and compute this rank's share of each."""
     check_tokens("prepare", hidden_states, router_logits)
     topk_weights, topk_ids = route(router_logits, layer.routing, input_ids=input_ids)
@@ -223,10 +216,12 @@ def _run_gathered(
         layer = layer._replace(experts=_bias_once(layer.experts, layer.groups))
     hidden, ids, weights, *scales = gathered
     output = _run_experts(hidden, ids, weights, layer, scales[0] if scales else None, None, hidden_states.dtype)
-    return _Routed(output, state)
+    return output, state
 
 
-def _run_exchanged(prepared: PrepareOutput, layer: _Layer, input_ids: torch.Tensor | None, common: int) -> _Routed:
+def _run_exchanged(
+    prepared: PrepareOutput, layer: _Layer, input_ids: torch.Tensor | None, common: int
+) -> tuple[torch.Tensor, State]:
     """Route the prepared rows, send them to their experts and the results back."""
     x, state = prepared.hidden_states, prepared.state
     if input_ids is not None:
@@ -236,7 +231,7 @@ def _run_exchanged(prepared: PrepareOutput, layer: _Layer, input_ids: torch.Tens
     if layer.dispatch is Dispatch.FIXED_CAPACITY:  # as many as any rank has: nothing is dropped
         check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
     payload, scale = quantize_activations(x, quant=layer.quant) if layer.travels_quantized else (x, None)
-    return _Routed(_run_experts(payload, topk_ids, topk_weights, layer, scale, common, x.dtype), state)
+    return _run_experts(payload, topk_ids, topk_weights, layer, scale, common, x.dtype), state
 
 
 def _run_experts(
@@ -270,12 +265,15 @@ def _bias_once(experts: ExpertWeights, groups: ParallelGroups) -> ExpertWeights:
     """Keep the output's bias on one of the ranks whose results are summed, where they share the intermediate axis."""
     if experts.w2_bias is None or _num_summed(groups) == 1:
         return experts
-    rank = (groups.dp.rank * groups.pcp.size + groups.pcp.rank) * groups.tp.size + groups.tp.rank
+    rank = expert_parallel_rank(
+        groups.dp.rank, groups.pcp.rank, groups.tp.rank, pcp_size=groups.pcp.size, tp_size=groups.tp.size
+    )
     return experts._replace(w2_bias=on_rank_zero(experts.w2_bias, rank))
 
 
 def _finish(
-    routed: _Routed,
+    output: torch.Tensor,
+    state: State,
     layer: _Layer,
     hidden_states: torch.Tensor,
     shared_experts: SharedExperts | None,
@@ -286,15 +284,13 @@ def _finish(
     """Finalize and add the shared experts."""
     groups, strategy = layer.groups, layer.strategy
     if shared_experts is None:
-        return finalize(
-            routed.hidden_states, routed.state, strategy=strategy, groups=groups, reduce_results=reduce_results
-        )
+        return finalize(output, state, strategy=strategy, groups=groups, reduce_results=reduce_results)
     counts = None
     if tokens_are_sharded and num_tokens_across_ep is not None and groups.ep.size > 1:
         first = groups.ep.rank - groups.tp.rank  # TP ranks follow one another in EP
         counts = num_tokens_across_ep[first : first + groups.tp.size]
     return add_shared_experts(
-        finalize(routed.hidden_states, routed.state, strategy=strategy, groups=groups),
+        finalize(output, state, strategy=strategy, groups=groups),
         output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=tokens_are_sharded),
         hidden_states,
         shared_experts,
