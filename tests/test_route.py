@@ -16,7 +16,7 @@ import moe_ops as mo
 from moe_ops.route import count_expert_load, route
 
 from .oracle import dense_weights
-from .test_stage import E, routings
+from .problems import E, routings
 
 H = 16
 
