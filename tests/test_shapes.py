@@ -206,3 +206,23 @@ def test_shape_function_fake_and_eager_agree(op: str, data: st.DataObject) -> No
 def test_every_op_has_a_shape_function() -> None:
     assert len(OPS) == 33
     assert all(callable(shape_function(op)) for op in OPS)
+
+
+def test_a_ragged_exchange_returns_a_new_symbol_for_each_rank() -> None:
+    """Its shape function needs a trace to make symbols in: it is the fake of an op that exists for this test alone."""
+    library = torch.library.Library("moe_ops_test", "DEF")
+    library.define(str(torch.ops.moe_ops.dispatch_all_to_all.default._schema).removeprefix("moe_ops::"))
+    fake = fake_impls.dispatchers.all_to_all.dispatch_all_to_all
+    torch.library.register_fake("moe_ops_test::dispatch_all_to_all", fake, lib=library)
+    real = torch.zeros(5, H), torch.zeros(5, K, dtype=torch.int32), torch.zeros(5, K)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        tensors = [mode.from_tensor(x) for x in real]
+        received, positions, send, receive = torch.ops.moe_ops_test.dispatch_all_to_all(
+            tensors, tensors[1], [0, -1, 0], 2, "0", 4
+        )
+        assert len({str(split) for split in [*send, *receive]}) == 8
+        assert positions.shape == (5, 4)
+        for tensor, like in zip(received, tensors, strict=True):
+            assert tensor.dtype == like.dtype
+            assert tensor.shape[1:] == like.shape[1:]
+            assert str(tensor.shape[0]) == str(torch.sym_sum(receive))
