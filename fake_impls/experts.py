@@ -2,7 +2,7 @@
 
 import torch
 
-from fake_impls.checks import FLOATS, check_dim, check_dtype
+from fake_impls.checks import FLOATS, check_dim, check_dtype, check_same_rows
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 
@@ -13,6 +13,25 @@ def grouped_linear(
     """``[R, H], int64 [E], [E, N, H], [E, N]? -> [R, N]``."""
     check_grouped_linear(rows, counts, weight, bias)
     return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """``[R, N], [R, H], int64 [E] -> [E, N, H]``: the sum of ``outer(a[r], b[r])`` over the rows of each group."""
+    check_dim("grouped_outer", "a", a, 2)
+    check_dim("grouped_outer", "b", b, 2)
+    check_dtype("grouped_outer", "a", a, FLOATS)
+    check_dtype("grouped_outer", "b", b, (a.dtype,))
+    check_dtype("grouped_outer", "counts", counts, (torch.int64,))
+    check_same_rows("grouped_outer", "b", b, "a", a)
+    return a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+
+
+def sum_groups(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """``[R, N], int64 [E] -> [E, N]``: the sum of the rows of each group."""
+    check_dim("sum_groups", "x", x, 2)
+    check_dtype("sum_groups", "x", x, FLOATS)
+    check_dtype("sum_groups", "counts", counts, (torch.int64,))
+    return x.new_empty(counts.shape[0], x.shape[1])
 
 
 def check_experts(counts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:

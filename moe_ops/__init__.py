@@ -3,8 +3,9 @@
 from moe_ops import reference
 from moe_ops.dynamic import mark_token_axes, token_count
 from moe_ops.groups import Group, ParallelGroups
+from moe_ops.overlap import interleave
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
-from moe_ops.stage import moe_stage
+from moe_ops.stage import moe_stage, moe_stage_steps
 from moe_ops.strategies import finalize, lay_out_like_prepared, output_reduction, prepare
 from moe_ops.types import (
     Dispatch,
@@ -31,9 +32,11 @@ __all__ = [
     "dequantize_activations",
     "dequantize_weights",
     "finalize",
+    "interleave",
     "lay_out_like_prepared",
     "mark_token_axes",
     "moe_stage",
+    "moe_stage_steps",
     "output_reduction",
     "prepare",
     "quantize_activations",

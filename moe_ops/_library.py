@@ -1,6 +1,6 @@
 """The one ``torch.library.Library`` of the package, and how an op is added to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ def define(
     composite: Callable[..., Any] | None = None,
     kernel: Callable[..., Any] | None = None,
     fake: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Register one op and return its callable overload.
 
     An op that communicates passes ``composite``: compilers expand it into functional collectives, which they may order
     and overlap; autograd and the fake follow from the body. An op that computes passes ``kernel`` and ``fake`` and
-    stays one node everywhere. A collective never goes into a ``kernel``: a compiler may reorder or remove such a node on
-    one rank while the others wait.
+    stays one node everywhere; one whose result depends smoothly on an argument passes its ``backward``, too, and what that
+    saves (``torch.library.register_autograd``). A collective never goes into a ``kernel``: a compiler may reorder or remove
+    such a node on one rank while the others wait.
     """
     if (composite is None) == (kernel is None) or (kernel is None) != (fake is None):
         raise TypeError("define: pass either composite, or kernel and fake")
@@ -31,5 +34,17 @@ def define(
     else:
         LIB.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moe_ops::{name}", fake, lib=LIB)
+    if backward is not None:
+        torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=setup_context, lib=LIB)
     op: Callable[..., Any] = getattr(torch.ops.moe_ops, name).default
     return op
+
+
+def needs_gradient(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd records what is done to these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
+    """The backward of an op that has none: an error is better than a gradient that is missing."""
+    raise RuntimeError("moe_ops: quantised activations and weights have no gradient; use Quant.NONE to differentiate")

@@ -7,14 +7,16 @@ T rows, R rows of a rank, B bytes of a packed row, W ranks.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fake_impls import collectives as shapes
 from fake_impls.layout import offsets
-from moe_ops._library import define
+from moe_ops._library import define, needs_gradient
 from moe_ops.groups import check_group
+from moe_ops.overlap import Finish
 
 c10d = torch.ops._c10d_functional
 
@@ -56,29 +58,56 @@ def on_rank_zero(x: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.where(x.new_zeros(1) == rank, x, 0)
 
 
-def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+def start_all_gather(x: torch.Tensor, size: int, group: str) -> Finish[torch.Tensor]:
     """``[R, ...] -> [size * R, ...]`` in rank order."""
-    gathered: torch.Tensor = c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), size, group))
-    return gathered
+    return _wait(c10d.all_gather_into_tensor(x.contiguous(), size, group))
+
+
+def start_reduce_scatter(x: torch.Tensor, size: int, group: str) -> Finish[torch.Tensor]:
+    """``[size * R, ...] -> [R, ...]``: this rank's block, summed over the ranks."""
+    return _wait(c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def start_exchange(
+    x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: str
+) -> Finish[torch.Tensor]:
+    """All-to-all of ``input_splits[i]`` rows to rank `i` and ``output_splits[j]`` rows from rank `j`."""
+    return _wait(c10d.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group))
+
+
+def start_all_reduce(x: torch.Tensor, group: str) -> Finish[torch.Tensor]:
+    """``x``, summed over the ranks."""
+    return _wait(c10d.all_reduce(x.contiguous(), "sum", group))
+
+
+def _wait(in_flight: torch.Tensor) -> Finish[torch.Tensor]:
+    return lambda: c10d.wait_tensor(in_flight)
+
+
+def all_gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """`start_all_gather`, waited for."""
+    return start_all_gather(x, size, group)()
 
 
 def reduce_scatter(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    """``[size * R, ...] -> [R, ...]``: this rank's block, summed over the ranks."""
-    summed: torch.Tensor = c10d.wait_tensor(c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
-    return summed
+    """`start_reduce_scatter`, waited for."""
+    return start_reduce_scatter(x, size, group)()
+
+
+def exchange(x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: str) -> torch.Tensor:
+    """`start_exchange`, waited for."""
+    return start_exchange(x, output_splits, input_splits, group)()
 
 
 def all_to_all(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     """``[size * R, ...] -> [size * R, ...]``: block `i` goes to rank `i`; block `j` of the result came from rank `j`."""
     splits = [x.shape[0] // size] * size
-    exchanged: torch.Tensor = c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), splits, splits, group))
-    return exchanged
+    return exchange(x, splits, splits, group)
 
 
 def _all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
     check_group("finalize", "tp", group, size)
-    reduced: torch.Tensor = c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group))
-    return reduced
+    return start_all_reduce(x, group)()
 
 
 def _pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:
@@ -127,6 +156,18 @@ def _expand_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     ).flatten(0, 1)
 
 
+def _compact_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return expand_rows(grad, ctx.counts), None
+
+
+def _expand_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return compact_rows(grad, ctx.counts), None
+
+
+def _keep_counts(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.counts = inputs[1]
+
+
 pack_rows = define(
     "pack_rows(Tensor[] tensors, SymInt rows, int[] fill) -> Tensor", kernel=_pack_rows, fake=shapes.pack_rows
 )
@@ -134,9 +175,19 @@ unpack_rows = define(
     "unpack_rows(Tensor packed, Tensor[] like) -> Tensor[]", kernel=_unpack_rows, fake=shapes.unpack_rows
 )
 compact_rows = define(
-    "compact_rows(Tensor x, SymInt[] counts) -> Tensor", kernel=_compact_rows, fake=shapes.compact_rows
+    "compact_rows(Tensor x, SymInt[] counts) -> Tensor",
+    kernel=_compact_rows,
+    fake=shapes.compact_rows,
+    backward=_compact_backward,
+    setup_context=_keep_counts,
 )
-expand_rows = define("expand_rows(Tensor x, SymInt[] counts) -> Tensor", kernel=_expand_rows, fake=shapes.expand_rows)
+expand_rows = define(
+    "expand_rows(Tensor x, SymInt[] counts) -> Tensor",
+    kernel=_expand_rows,
+    fake=shapes.expand_rows,
+    backward=_expand_backward,
+    setup_context=_keep_counts,
+)
 chunk_tokens = define(
     "chunk_tokens(Tensor x, SymInt padded_rows, int num_chunks, SymInt rank, int fill=0) -> Tensor",
     composite=_chunk_tokens,
@@ -144,7 +195,7 @@ chunk_tokens = define(
 all_reduce = define("all_reduce(Tensor x, str group, int size) -> Tensor", composite=_all_reduce)
 
 
-def gather_rows(
+def start_gather_rows(
     tensors: Sequence[torch.Tensor],
     *,
     rows: int,
@@ -152,14 +203,76 @@ def gather_rows(
     size: int,
     group: str,
     counts: Sequence[int] | None = None,
-) -> list[torch.Tensor]:
+) -> Finish[list[torch.Tensor]]:
     """Gather the rows of several tensors in one collective.
 
     Each ``[T, ...]`` is padded to `rows` rows with its `fill` (0 or -1) and gathered to ``[size * rows, ...]``; with
-    `counts`, only the first ``counts[r]`` rows of rank `r` are kept. One all-gather over `group`; no host sync.
+    `counts`, only the first ``counts[r]`` rows of rank `r` are kept. One all-gather over `group`; no host sync. Where a
+    gradient is needed, it is waited for at once.
     """
-    gathered_RB = all_gather(pack_rows(tensors, rows, fill), size, group)
-    if counts is not None:
-        gathered_RB = compact_rows(gathered_RB, counts)
-    unpacked: list[torch.Tensor] = unpack_rows(gathered_RB, tensors)
-    return unpacked
+    if needs_gradient(tensors):
+        gathered = list(_GatherRows.apply(rows, fill, size, group, counts, *tensors))  # type: ignore[no-untyped-call]
+        return lambda: gathered
+    return _start_gather_rows(tensors, rows, fill, size, group, counts)
+
+
+def _start_gather_rows(
+    tensors: Sequence[torch.Tensor],
+    rows: int,
+    fill: Sequence[int],
+    size: int,
+    group: str,
+    counts: Sequence[int] | None,
+) -> Finish[list[torch.Tensor]]:
+    wait = start_all_gather(pack_rows(tensors, rows, fill), size, group)
+
+    def finish() -> list[torch.Tensor]:
+        gathered_RB = wait()
+        if counts is not None:
+            gathered_RB = compact_rows(gathered_RB, counts)
+        unpacked: list[torch.Tensor] = unpack_rows(gathered_RB, tensors)
+        return unpacked
+
+    return finish
+
+
+class _GatherRows(torch.autograd.Function):
+    """`start_gather_rows`, whose bytes autograd cannot follow.
+
+    The gradients go back as the rows came, packed in one collective: an all-to-all, which sends what a reduce-scatter sends
+    and leaves the sum, in float32 and in rank order, to the rank that the rows came from.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: int,
+        fill: Sequence[int],
+        size: int,
+        group: str,
+        counts: Sequence[int] | None,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        gathered = _start_gather_rows(tensors, rows, fill, size, group, counts)()
+        ctx.num_tokens, ctx.rows, ctx.size, ctx.group, ctx.counts = tensors[0].shape[0], rows, size, group, counts
+        ctx.mark_non_differentiable(*(x for x in gathered if not x.is_floating_point()))
+        return tuple(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        is_needed = ctx.needs_input_grad[5:]
+        needed = [grad for grad, needs in zip(grads, is_needed, strict=True) if needs]
+        packed_RB = pack_rows(needed, needed[0].shape[0], [0] * len(needed))
+        if ctx.counts is not None:
+            packed_RB = expand_rows(packed_RB, ctx.counts)
+        returned = iter(unpack_rows(all_to_all(packed_RB, ctx.size, ctx.group), needed))
+        summed = [
+            _sum_blocks(next(returned), ctx.size, ctx.rows, ctx.num_tokens) if needs else None for needs in is_needed
+        ]
+        return None, None, None, None, None, *summed
+
+
+def _sum_blocks(x: torch.Tensor, num_blocks: int, rows: int, num_tokens: int) -> torch.Tensor:
+    """``[num_blocks * rows, ...] -> [num_tokens, ...]``: the sum of the blocks, without the rows that pad."""
+    blocks: torch.Tensor = x.unflatten(0, (num_blocks, rows))
+    return blocks.sum(dim=0, dtype=torch.float32).to(x.dtype).narrow(0, 0, num_tokens)

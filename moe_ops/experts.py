@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,7 @@ def _grouped_linear(
     shapes.check_grouped_linear(rows, counts, weight, bias)
     ends_E = counts.cumsum(0, dtype=torch.int32)
     outputs = weight.shape[1]
-    rows, weight = _align(rows, 1), _align(_align(weight, 2), 1)
-    result_RN = F.grouped_mm(_dense(rows), _dense(weight).transpose(1, 2), offs=ends_E)[:, :outputs]
+    result_RN = F.grouped_mm(_dense(_align(rows, 1)), _operand(weight), offs=ends_E)[:, :outputs]
     row_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
     if bias is not None:
         expert_R = torch.searchsorted(ends_E, row_R, right=True).clamp(max=counts.shape[0] - 1)
@@ -32,6 +32,32 @@ def _grouped_linear(
     # Rows past the last group are uninitialised.
     filled_RN = torch.where((row_R < ends_E[-1:]).unsqueeze(1), result_RN, 0)
     return filled_RN.clone(memory_format=torch.contiguous_format)
+
+
+def _grouped_outer(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    outer_ENH = shapes.grouped_outer(a, b, counts)
+    if not a.shape[0]:
+        return outer_ENH.zero_()
+    ends_E = counts.cumsum(0, dtype=torch.int32)
+    aligned_a, aligned_b = _dense(_align(a, 1)), _dense(_align(b, 1))
+    product = F.grouped_mm(aligned_a.t(), aligned_b, offs=ends_E)
+    filled_E11 = (counts > 0).view(-1, 1, 1)
+    return outer_ENH.copy_(torch.where(filled_E11, product[:, : a.shape[1], : b.shape[1]], 0))
+
+
+def _sum_groups(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    sums_EN = shapes.sum_groups(x, counts)
+    row_R = torch.arange(x.shape[0], device=x.device)
+    expert_R = torch.searchsorted(counts.cumsum(0), row_R, right=True)  # past the last group: one more
+    total_EN = x.new_zeros(counts.shape[0] + 1, x.shape[1], dtype=torch.float32)
+    return sums_EN.copy_(total_EN.index_add_(0, expert_R, x.to(torch.float32))[:-1])
+
+
+def _operand(weight_ENH: torch.Tensor) -> torch.Tensor:
+    """``[E, H, N]`` for F.grouped_mm, without a copy of weights that are contiguous, or transposed and contiguous before."""
+    if weight_ENH.is_contiguous() or not weight_ENH.transpose(1, 2).is_contiguous():
+        return _dense(_align(_align(weight_ENH, 2), 1)).transpose(1, 2)
+    return _dense(_align(_align(weight_ENH.transpose(1, 2), 2), 1))
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -44,12 +70,33 @@ def _align(x: torch.Tensor, dim: int) -> torch.Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
+def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rows, counts, weight = ctx.saved_tensors
+    needs_rows, _, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        grouped_linear(grad, counts, weight.transpose(1, 2), None) if needs_rows else None,
+        None,
+        grouped_outer(grad, rows, counts) if needs_weight else None,
+        sum_groups(grad, counts) if needs_bias else None,
+    )
+
+
 # One node of ours, because the Meta of F.grouped_mm rejects float32 on CPU: fullgraph fails on the aten op itself.
 grouped_linear = define(
     "grouped_linear(Tensor rows, Tensor counts, Tensor weight, Tensor? bias) -> Tensor",
     kernel=_grouped_linear,
     fake=shapes.grouped_linear,
+    backward=_linear_backward,
+    setup_context=_keep_operands,
 )
+grouped_outer = define(
+    "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor", kernel=_grouped_outer, fake=shapes.grouped_outer
+)
+sum_groups = define("sum_groups(Tensor x, Tensor counts) -> Tensor", kernel=_sum_groups, fake=shapes.sum_groups)
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:

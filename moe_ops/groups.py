@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
@@ -77,6 +78,7 @@ class ParallelGroups(NamedTuple):
         return cls.from_process_groups(ep=ep, **{name: mesh.get_group(name) for name in axes})
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo need not look into it
 def check_group(op: str, axis: str, name: str, size: int, rank: int = 0) -> None:
     """Raise unless `name` is an initialised process group of `size` ranks, of which `rank` is one.
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fake_impls import quantize as shapes
 from fake_impls.checks import FLOATS, check_choice, check_dim, check_dtype
 from fake_impls.quantize import BLOCK
-from moe_ops._library import define
+from moe_ops._library import define, no_gradient
 from moe_ops.types import Quant
 
 INT8_MAX, INT4_MAX = 127, 7
@@ -105,14 +105,23 @@ def _dequantize_mxfp4(
     return values_TH.copy_(_times_scales(torch.where(code_TH > 7, -magnitude_TH, magnitude_TH), scale))
 
 
-quantize_int8 = define("quantize_int8(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_int8, fake=shapes.quantize_int8)
+quantize_int8 = define(
+    "quantize_int8(Tensor x) -> (Tensor, Tensor)",
+    kernel=_quantize_int8,
+    fake=shapes.quantize_int8,
+    backward=no_gradient,
+)
 dequantize_int8 = define(
     "dequantize_int8(Tensor quantized, Tensor scale, ScalarType dtype) -> Tensor",
     kernel=_dequantize_int8,
     fake=shapes.dequantize_int8,
+    backward=no_gradient,
 )
 quantize_mxfp8 = define(
-    "quantize_mxfp8(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_mxfp8, fake=shapes.quantize_mxfp8
+    "quantize_mxfp8(Tensor x) -> (Tensor, Tensor)",
+    kernel=_quantize_mxfp8,
+    fake=shapes.quantize_mxfp8,
+    backward=no_gradient,
 )
 dequantize_mxfp8 = define(
     "dequantize_mxfp8(Tensor quantized, Tensor scale, ScalarType dtype) -> Tensor",
@@ -120,7 +129,10 @@ dequantize_mxfp8 = define(
     fake=shapes.dequantize_mxfp8,
 )
 quantize_mxfp4 = define(
-    "quantize_mxfp4(Tensor x) -> (Tensor, Tensor)", kernel=_quantize_mxfp4, fake=shapes.quantize_mxfp4
+    "quantize_mxfp4(Tensor x) -> (Tensor, Tensor)",
+    kernel=_quantize_mxfp4,
+    fake=shapes.quantize_mxfp4,
+    backward=no_gradient,
 )
 dequantize_mxfp4 = define(
     "dequantize_mxfp4(Tensor quantized, Tensor scale, int hidden_size, ScalarType dtype) -> Tensor",

@@ -3,6 +3,8 @@
 T tokens, E experts, K top-k, V vocabulary, G groups of experts, R replicas.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -101,12 +103,42 @@ def _count_expert_load(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor
     return counts[:num_experts].clone()
 
 
+def _keep_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    router_logits, _, ctx.scoring, ctx.renormalize, _, _, _, ctx.routed_scaling_factor, *_ = inputs
+    ctx.save_for_backward(router_logits, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_backward(ctx: Any, grad_TK: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The choice is constant; its weights depend on the scores of the chosen, and a softmax score on all logits."""
+    router_logits, ids_TK = ctx.saved_tensors
+    logits_TE = router_logits.to(torch.float32)
+    scores_TE = _score(logits_TE, ctx.scoring)
+    is_choice_TK, chosen_TK = ids_TK >= 0, ids_TK.clamp(min=0).to(torch.int64)
+    grad_TK = grad_TK * ctx.routed_scaling_factor
+    if ctx.renormalize:
+        weights_TK = torch.where(is_choice_TK, scores_TE.gather(1, chosen_TK), 0.0)
+        total_T1 = weights_TK.sum(dim=1, keepdim=True) + EPSILON
+        grad_TK = (grad_TK - (grad_TK * weights_TK / total_T1).sum(dim=1, keepdim=True)) / total_T1
+    grad_TE = torch.zeros_like(scores_TE).scatter_add(1, chosen_TK, torch.where(is_choice_TK, grad_TK, 0.0))
+    if ctx.scoring == "softmax":
+        grad_TE = scores_TE * (grad_TE - (grad_TE * scores_TE).sum(dim=1, keepdim=True))
+    elif ctx.scoring == "sigmoid":
+        grad_TE = grad_TE * scores_TE * (1 - scores_TE)
+    else:
+        grad_TE = grad_TE * torch.sigmoid(logits_TE) / (2 * scores_TE)
+    grad_TE = torch.where(is_choice_TK.any(dim=1, keepdim=True), grad_TE, 0.0)  # where nothing was chosen it may be NaN
+    return grad_TE.to(router_logits.dtype), *[None] * 10
+
+
 _route_op = define(
     "route(Tensor router_logits, int top_k, str scoring, bool renormalize, int num_expert_group, int topk_group,"
     " Tensor? e_score_correction_bias, float routed_scaling_factor, Tensor? is_active, Tensor? input_ids,"
     " Tensor? token_to_experts) -> (Tensor, Tensor)",
     kernel=_route,
     fake=shapes.route,
+    backward=_route_backward,
+    setup_context=_keep_choice,
 )
 map_to_physical = define(
     "map_to_physical(Tensor topk_ids, Tensor logical_to_physical) -> Tensor",

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.checks import check_dim, check_dtype
+from fake_impls.layout import padded_rows
 from moe_ops.collectives import all_reduce, on_rank_zero
 from moe_ops.experts import activate
 from moe_ops.groups import ParallelGroups
 from moe_ops.strategies import all2all, allgather
-from moe_ops.types import Reduction, SharedExperts
+from moe_ops.types import Reduction, ShardState, SharedExperts
 
 
 def run_shared_experts(
@@ -46,19 +47,44 @@ def run_shared_experts(
     Raises:
         ValueError, TypeError: a weight does not fit the tokens or the others.
     """
+    local = run_local_part(hidden_states, shared, groups=groups, tokens_are_sharded=tokens_are_sharded)
+    return _complete(local, hidden_states, shared, groups, tokens_are_sharded, num_tokens_across_tp)
+
+
+def run_local_part(
+    hidden_states: torch.Tensor, shared: SharedExperts, *, groups: ParallelGroups, tokens_are_sharded: bool
+) -> torch.Tensor | None:
+    """What is computed before any collective, so that it can be while rows travel; None where a collective comes first."""
     _check(hidden_states, shared)
+    if groups.tp.size > 1 and not tokens_are_sharded and not shared.is_tp_sharded:
+        return _mlp(all2all.chunk(hidden_states, groups=groups), shared)
+    if groups.tp.size > 1 and tokens_are_sharded and shared.is_tp_sharded:
+        return None
+    return _mlp(hidden_states, shared)
+
+
+def _complete(
+    local: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    shared: SharedExperts,
+    groups: ParallelGroups,
+    tokens_are_sharded: bool,
+    num_tokens_across_tp: Sequence[int] | None,
+) -> tuple[torch.Tensor, Reduction]:
+    """The rest of `run_shared_experts`."""
     tp = groups.tp
-    if tp.size == 1 or (tokens_are_sharded and not shared.is_tp_sharded):
-        return _mlp(hidden_states, shared), Reduction.COMPLETE
-    if not tokens_are_sharded:
-        if shared.is_tp_sharded:
-            return _mlp(hidden_states, shared), Reduction.PARTIAL_OVER_TP
-        chunk, state = all2all.chunk(hidden_states, groups=groups)
-        return all2all.finalize(_mlp(chunk, shared), state, groups=groups), Reduction.COMPLETE
-    over_tp = ParallelGroups(tp=tp, ep=tp)
-    gathered, gathered_state = allgather.gather_over_ep([hidden_states], over_tp, num_tokens_across_tp)
-    summed = allgather.finalize(_mlp(gathered[0], shared), gathered_state, groups=over_tp, reduce_results=False)
-    return summed, Reduction.COMPLETE
+    if local is None:
+        over_tp = ParallelGroups(tp=tp, ep=tp)
+        gathered, gathered_state = allgather.gather_over_ep([hidden_states], over_tp, num_tokens_across_tp)
+        summed = allgather.finalize(_mlp(gathered[0], shared), gathered_state, groups=over_tp, reduce_results=False)
+        return summed, Reduction.COMPLETE
+    if tp.size == 1 or tokens_are_sharded:
+        return local, Reduction.COMPLETE
+    if shared.is_tp_sharded:
+        return local, Reduction.PARTIAL_OVER_TP
+    num_tokens = hidden_states.shape[0]
+    state = ShardState(num_tokens, padded_rows(num_tokens, tp.size), tp.size)
+    return all2all.finalize(local, state, groups=groups), Reduction.COMPLETE
 
 
 def add_shared_experts(
@@ -71,6 +97,7 @@ def add_shared_experts(
     reduce_results: bool,
     tokens_are_sharded: bool = False,
     num_tokens_across_tp: Sequence[int] | None = None,
+    local_part: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The routed experts' output with the shared experts' added, every sum over TP taken once.
 
@@ -84,13 +111,12 @@ def add_shared_experts(
             complete stays complete.
         tokens_are_sharded: as in `run_shared_experts`.
         num_tokens_across_tp: likewise.
+        local_part: what `run_local_part` computed, if it was called before.
     """
-    output, output_reduction = run_shared_experts(
-        hidden_states,
-        shared,
-        groups=groups,
-        tokens_are_sharded=tokens_are_sharded,
-        num_tokens_across_tp=num_tokens_across_tp,
+    if local_part is None:
+        local_part = run_local_part(hidden_states, shared, groups=groups, tokens_are_sharded=tokens_are_sharded)
+    output, output_reduction = _complete(
+        local_part, hidden_states, shared, groups, tokens_are_sharded, num_tokens_across_tp
     )
     if reduction is Reduction.COMPLETE:
         return routed + (output if output_reduction is Reduction.COMPLETE else _sum_over_tp(output, groups))

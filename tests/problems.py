@@ -213,12 +213,24 @@ def make_inputs(rank: int, problem: Problem) -> Inputs:
     return Inputs(hidden, logits, input_ids, mask, mo.token_count(longest), [mo.token_count(c) for c in counts])
 
 
-def make_stage(rank: int, problem: Problem) -> Callable[[Inputs], torch.Tensor]:
-    groups, dp = groups_of(*problem.layout), problem.layout[0]
+def groups_for(problem: Problem) -> mo.ParallelGroups:
+    groups = groups_of(*problem.layout)
+    return groups if problem.has_ep else groups._replace(ep=mo.Group.single())
+
+
+def make_stage(
+    rank: int,
+    problem: Problem,
+    experts: mo.ExpertWeights | None = None,
+    shared: mo.SharedExperts | None = None,
+    run: Callable[..., Any] = mo.moe_stage,
+    **keywords: Any,
+) -> Callable[[Inputs], Any]:
+    """The stage of a rank, with its weights of the problem unless others are given; `run` may be `moe_stage_steps`."""
+    groups, dp = groups_for(problem), problem.layout[0]
     strategy, sharded, dispatch = FORMS[problem.form]
-    if not problem.has_ep:
-        groups = groups._replace(ep=mo.Group.single())
-    experts, shared = own_experts(problem, rank), own_shared(problem, groups)
+    experts = own_experts(problem, rank) if experts is None else experts
+    shared = own_shared(problem, groups) if shared is None else shared
     is_partial = (
         mo.output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=sharded)
         is mo.Reduction.PARTIAL_OVER_TP
@@ -226,7 +238,7 @@ def make_stage(rank: int, problem: Problem) -> Callable[[Inputs], torch.Tensor]:
 
     def stage(inputs: Inputs) -> torch.Tensor:
         longest = inputs.longest.shape[0]
-        result = mo.moe_stage(
+        result = run(
             inputs.hidden,
             inputs.logits,
             experts,
@@ -243,8 +255,9 @@ def make_stage(rank: int, problem: Problem) -> Callable[[Inputs], torch.Tensor]:
             quant=problem.quant,
             input_ids=inputs.input_ids if problem.routing.token_to_experts is not None else None,
             shared_experts=shared,
+            **keywords,
         )
-        if is_partial and not problem.reduce_results:  # then the sum is the caller's
+        if is_partial and not problem.reduce_results and run is mo.moe_stage:  # then the sum is the caller's
             result = torch.ops.moe_ops.all_reduce(result, groups.tp.name, groups.tp.size)
         return result
 

@@ -93,11 +93,11 @@ def gather(rank: int, counts: list[int] | None, rows: int) -> tuple[list[torch.T
     results: list[list[torch.Tensor]] = []
 
     def call() -> None:
-        results.append(
-            collectives.gather_rows(
-                own, rows=longest, fill=[0, -1, 0, 0], size=group.size, group=group.name, counts=counts
-            )
+        fill = [0, -1, 0, 0]
+        finish = collectives.start_gather_rows(
+            own, rows=longest, fill=fill, size=group.size, group=group.name, counts=counts
         )
+        results.append(finish())
 
     traffic = count_traffic(call)
     return [as_bytes(tensor) for tensor in results[0]], traffic.collectives

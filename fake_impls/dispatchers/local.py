@@ -33,6 +33,26 @@ def weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tenso
     return rows.new_empty(rows.shape)
 
 
+def spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[N, H], int64 [N, K] -> [rows, H]``: row `i` where each of its choices went, zero where none did."""
+    check_dim("spread_rows", "x", x, 2)
+    check_dim("spread_rows", "positions", positions, 2)
+    check_dtype("spread_rows", "positions", positions, (torch.int64,))
+    check_same_rows("spread_rows", "positions", positions, "x", x)
+    return x.new_empty(rows, x.shape[1])
+
+
+def dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """``[R, H], [R, H], int64 [N, K] -> float32 [N, K]``: the dot product of the rows of each choice, 0 without one."""
+    check_dim("dot_rows", "a", a, 2)
+    check_dim("dot_rows", "b", b, 2)
+    check_dim("dot_rows", "positions", positions, 2)
+    check_dtype("dot_rows", "positions", positions, (torch.int64,))
+    check_same_rows("dot_rows", "b", b, "a", a)
+    check_equal("dot_rows", "columns of b", b.shape[1], a.shape[1], "those of a")
+    return a.new_empty(positions.shape, dtype=torch.float32)
+
+
 def check_permute(tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, num_local_experts: int) -> None:
     """Rows with as many lists of expert ids, and an expert to send them to."""
     check_dim("dispatch", "topk_ids", topk_ids, 2)

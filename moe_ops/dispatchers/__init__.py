@@ -4,16 +4,32 @@ prepare -> route -> dispatch -> experts -> combine -> finalize
                     ^^^^^^^^               ^^^^^^^
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from fake_impls.checks import check_choice
-from moe_ops.dispatchers.all_to_all import AllToAllState, combine_all_to_all, dispatch_all_to_all
-from moe_ops.dispatchers.fixed_capacity import FixedCapacityState, combine_fixed_capacity, dispatch_fixed_capacity
+from moe_ops.dispatchers.all_to_all import (
+    AllToAllState,
+    combine_all_to_all,
+    dispatch_all_to_all,
+    start_all_to_all,
+    start_return_all_to_all,
+)
+from moe_ops.dispatchers.fixed_capacity import (
+    FixedCapacityState,
+    combine_fixed_capacity,
+    dispatch_fixed_capacity,
+    start_fixed_capacity,
+    start_return_fixed_capacity,
+)
 from moe_ops.dispatchers.local import LocalDispatch, combine_local, dispatch_local
 from moe_ops.groups import Group
+from moe_ops.overlap import Finish
 from moe_ops.types import Dispatch
+
+Exchange: TypeAlias = AllToAllState | FixedCapacityState
 
 
 class Dispatched(NamedTuple):
@@ -26,7 +42,7 @@ class Dispatched(NamedTuple):
     """
 
     local: LocalDispatch
-    exchange: AllToAllState | FixedCapacityState | None
+    exchange: Exchange | None
 
 
 def dispatch(
@@ -88,3 +104,31 @@ def combine(expert_rows: torch.Tensor, dispatched: Dispatched, *, ep: Group, is_
     if isinstance(exchange, FixedCapacityState):
         return combine_fixed_capacity(expert_rows, local, exchange, ep=ep, is_weighed=is_weighed)
     return combine_local(expert_rows, local.state, is_weighed=is_weighed)
+
+
+def start_dispatch(
+    tensors: Sequence[torch.Tensor],
+    *,
+    kind: Dispatch,
+    num_local_experts: int,
+    ep: Group,
+    capacity: int,
+) -> Finish[tuple[list[torch.Tensor], Exchange | None]]:
+    """The exchange of `dispatch` alone, in flight: rows that arrive are not grouped by expert yet.
+
+    `tensors` are hidden states, ids, weights and perhaps scales, and so is what arrives. LOCAL exchanges nothing.
+    """
+    if kind is Dispatch.ALL_TO_ALL:
+        return start_all_to_all(tensors, num_local_experts=num_local_experts, ep=ep)
+    if kind is Dispatch.FIXED_CAPACITY:
+        return start_fixed_capacity(tensors, capacity=capacity, num_local_experts=num_local_experts, ep=ep)
+    return lambda: (list(tensors), None)
+
+
+def start_combine(shares: torch.Tensor, exchange: Exchange | None, *, ep: Group) -> Finish[torch.Tensor]:
+    """The exchange of `combine` alone, in flight: `shares` are this rank's, of the rows that arrived."""
+    if isinstance(exchange, AllToAllState):
+        return start_return_all_to_all(shares, exchange, ep=ep)
+    if isinstance(exchange, FixedCapacityState):
+        return start_return_fixed_capacity(shares, exchange, ep=ep)
+    return lambda: shares

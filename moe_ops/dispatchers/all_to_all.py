@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from fake_impls.dispatchers import all_to_all as shapes
-from moe_ops._library import define
-from moe_ops.collectives import all_to_all, c10d, unpack_rows
-from moe_ops.dispatchers.copies import pack_copies, plan_copies
+from moe_ops._library import define, needs_gradient
+from moe_ops.collectives import all_to_all, c10d, start_exchange, unpack_rows
+from moe_ops.dispatchers.copies import pack_copies, plan_copies, start_send_copies
 from moe_ops.dispatchers.local import LocalDispatch, combine_local, dispatch_local, unpermute
 from moe_ops.groups import Group, check_group
+from moe_ops.overlap import Finish
 
 
 class NotCapturableError(RuntimeError):
@@ -42,6 +43,29 @@ def _dispatch(
     group: str,
     size: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[int], list[int]]:
+    positions, send_splits, receive_splits = _plan(topk_ids, num_local_experts, group, size)
+    received = start_send_copies(tensors, positions, fill, send_splits, receive_splits, group)()
+    return received, positions, send_splits, receive_splits
+
+
+def _start_dispatch(
+    tensors: Sequence[torch.Tensor],
+    topk_ids: torch.Tensor,
+    fill: Sequence[int],
+    num_local_experts: int,
+    group: str,
+    size: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
+    positions, send_splits, receive_splits = _plan(topk_ids, num_local_experts, group, size)
+    packed_SB = pack_copies(tensors, positions, torch.sym_sum(send_splits), fill)
+    in_flight_RB = c10d.all_to_all_single(packed_SB, receive_splits, send_splits, group)
+    return in_flight_RB, positions, send_splits, receive_splits
+
+
+def _plan(
+    topk_ids: torch.Tensor, num_local_experts: int, group: str, size: int
+) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Where the copies go, and how many rows each rank sends to each, by an all-to-all of the counts."""
     check_group("dispatch", "ep", group, size)
     _check_not_capturing(topk_ids)
     positions, counts_W = plan_copies(topk_ids, num_local_experts, size, None)
@@ -49,10 +73,7 @@ def _dispatch(
     for split in splits:
         if isinstance(split, torch.SymInt):
             torch._check(split >= 0)
-    send_splits, receive_splits = splits[:size], splits[size:]
-    packed_SB = pack_copies(tensors, positions, torch.sym_sum(send_splits), fill)
-    received_RB = _exchange(packed_SB, receive_splits, send_splits, group)
-    return unpack_rows(received_RB, tensors), positions, send_splits, receive_splits
+    return positions, splits[:size], splits[size:]
 
 
 def _combine(
@@ -64,16 +85,20 @@ def _combine(
     size: int,
 ) -> torch.Tensor:
     check_group("combine", "ep", group, size)
+    return _start_combine(rows, positions, send_splits, receive_splits, group, size)()
+
+
+def _start_combine(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: str,
+    size: int,
+) -> Finish[torch.Tensor]:
     shapes.check_splits(rows, positions, send_splits, receive_splits, size)
-    returned_SH = _exchange(rows, send_splits, receive_splits, group)
-    total: torch.Tensor = unpermute(returned_SH, None, positions)
-    return total
-
-
-def _exchange(x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: str) -> torch.Tensor:
-    exchanged: torch.Tensor = c10d.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group)
-    waited: torch.Tensor = c10d.wait_tensor(exchanged)
-    return waited
+    wait = start_exchange(rows, send_splits, receive_splits, group)
+    return lambda: unpermute(wait(), None, positions)
 
 
 def _check_not_capturing(x: torch.Tensor) -> None:
@@ -90,6 +115,11 @@ dispatch_op = define(
     "dispatch_all_to_all(Tensor[] tensors, Tensor topk_ids, int[] fill, int num_local_experts, str group, int size)"
     " -> (Tensor[], Tensor, SymInt[], SymInt[])",
     composite=_dispatch,
+)
+start_dispatch_op = define(
+    "start_dispatch_all_to_all(Tensor[] tensors, Tensor topk_ids, int[] fill, int num_local_experts, str group, int size)"
+    " -> (Tensor, Tensor, SymInt[], SymInt[])",
+    composite=_start_dispatch,
 )
 combine_op = define(
     "combine_all_to_all(Tensor rows, Tensor positions, SymInt[] send_splits, SymInt[] receive_splits, str group,"
@@ -129,6 +159,21 @@ def dispatch_all_to_all(
     return group_received(received, num_local_experts, ep), AllToAllState(positions, *splits)
 
 
+def start_all_to_all(
+    tensors: Sequence[torch.Tensor], *, num_local_experts: int, ep: Group
+) -> Finish[tuple[list[torch.Tensor], AllToAllState]]:
+    """The exchange of `dispatch_all_to_all`, in flight. Where a gradient is needed, it is waited for at once.
+
+    `tensors` are hidden states, ids, weights and perhaps scales, and so is what arrives.
+    """
+    fill, arguments = [0, -1, 0, 0][: len(tensors)], (num_local_experts, ep.name, ep.size)
+    if needs_gradient(tensors):
+        received, positions, *splits = dispatch_op(tensors, tensors[1], fill, *arguments)
+        return lambda: (received, AllToAllState(positions, *splits))
+    in_flight, positions, *splits = start_dispatch_op(tensors, tensors[1], fill, *arguments)
+    return lambda: (unpack_rows(c10d.wait_tensor(in_flight), tensors), AllToAllState(positions, *splits))
+
+
 def group_received(received: Sequence[torch.Tensor], num_local_experts: int, ep: Group) -> LocalDispatch:
     """Group rows that arrived with ids, weights and perhaps scales by local expert."""
     hidden, ids, weights, *scale = received
@@ -160,3 +205,8 @@ def combine_all_to_all(
     shares = combine_local(expert_rows, dispatched.state, is_weighed=is_weighed)
     output: torch.Tensor = combine_op(shares, *state, ep.name, ep.size)
     return output
+
+
+def start_return_all_to_all(shares: torch.Tensor, state: AllToAllState, *, ep: Group) -> Finish[torch.Tensor]:
+    """The exchange of `combine_all_to_all`, in flight."""
+    return _start_combine(shares, *state, ep.name, ep.size)

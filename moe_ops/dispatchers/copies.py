@@ -5,12 +5,15 @@ before it sends one row back. N rows of this rank, K top-k, H hidden, W ranks, B
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fake_impls.dispatchers import copies as shapes
-from moe_ops._library import define
-from moe_ops.collectives import pack_rows
+from moe_ops._library import define, needs_gradient
+from moe_ops.collectives import exchange, pack_rows, start_exchange, unpack_rows
+from moe_ops.dispatchers.local import unpermute
+from moe_ops.overlap import Finish
 
 
 def _plan_copies(
@@ -57,3 +60,66 @@ pack_copies = define(
     kernel=_pack_copies,
     fake=shapes.pack_copies,
 )
+
+
+def start_send_copies(
+    tensors: Sequence[torch.Tensor],
+    positions: torch.Tensor,
+    fill: Sequence[int],
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: str,
+) -> Finish[list[torch.Tensor]]:
+    """Send the copies that `plan_copies` placed, all tensors packed in one all-to-all over `group`.
+
+    ``[N, ...] each -> [sum(receive_splits), ...] each``, in the order of the ranks that the rows came from. Where a gradient
+    is needed, it is waited for at once.
+    """
+    if needs_gradient(tensors):
+        received = list(_SendCopies.apply(positions, fill, send_splits, receive_splits, group, *tensors))  # type: ignore[no-untyped-call]
+        return lambda: received
+    return _start_send_copies(tensors, positions, fill, send_splits, receive_splits, group)
+
+
+def _start_send_copies(
+    tensors: Sequence[torch.Tensor],
+    positions: torch.Tensor,
+    fill: Sequence[int],
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: str,
+) -> Finish[list[torch.Tensor]]:
+    packed_SB = pack_copies(tensors, positions, torch.sym_sum(list(send_splits)), fill)
+    wait = start_exchange(packed_SB, receive_splits, send_splits, group)
+    return lambda: unpack_rows(wait(), tensors)
+
+
+class _SendCopies(torch.autograd.Function):
+    """`start_send_copies`, whose bytes autograd cannot follow: the gradients go back packed in one all-to-all, and those of the
+    copies of a row are summed in float32, in rank order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        positions: torch.Tensor,
+        fill: Sequence[int],
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        group: str,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        received = _start_send_copies(tensors, positions, fill, send_splits, receive_splits, group)()
+        ctx.save_for_backward(positions)
+        ctx.send_splits, ctx.receive_splits, ctx.group = send_splits, receive_splits, group
+        ctx.mark_non_differentiable(*(x for x in received if not x.is_floating_point()))
+        return tuple(received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        is_needed = ctx.needs_input_grad[5:]
+        needed = [grad for grad, needs in zip(grads, is_needed, strict=True) if needs]
+        packed_RB = pack_rows(needed, needed[0].shape[0], [0] * len(needed))
+        returned = iter(unpack_rows(exchange(packed_RB, ctx.send_splits, ctx.receive_splits, ctx.group), needed))
+        summed = [unpermute(next(returned), None, positions) if needs else None for needs in is_needed]
+        return None, None, None, None, None, *summed

@@ -11,11 +11,12 @@ import torch
 
 from fake_impls.dispatchers import fixed_capacity as shapes
 from moe_ops._library import define
-from moe_ops.collectives import all_to_all, unpack_rows
+from moe_ops.collectives import start_exchange
 from moe_ops.dispatchers.all_to_all import group_received
-from moe_ops.dispatchers.copies import pack_copies, plan_copies
+from moe_ops.dispatchers.copies import plan_copies, start_send_copies
 from moe_ops.dispatchers.local import LocalDispatch, combine_local, unpermute
 from moe_ops.groups import Group, check_group
+from moe_ops.overlap import Finish
 
 
 class FixedCapacityState(NamedTuple):
@@ -39,18 +40,36 @@ def _dispatch(
     group: str,
     size: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    wait, state = _start_dispatch(tensors, topk_ids, fill, num_local_experts, capacity, group, size)
+    return wait(), state.positions, state.num_dropped
+
+
+def _start_dispatch(
+    tensors: Sequence[torch.Tensor],
+    topk_ids: torch.Tensor,
+    fill: Sequence[int],
+    num_local_experts: int,
+    capacity: int,
+    group: str,
+    size: int,
+) -> tuple[Finish[list[torch.Tensor]], FixedCapacityState]:
     check_group("dispatch", "ep", group, size)
     positions, counts_W = plan_copies(topk_ids, num_local_experts, size, capacity)
-    packed = pack_copies(tensors, positions, size * capacity, fill)
-    received = unpack_rows(all_to_all(packed, size, group), tensors)
-    return received, positions, (counts_W - capacity).clamp(min=0).sum()
+    splits = [capacity] * size
+    wait = start_send_copies(tensors, positions, fill, splits, splits, group)
+    return wait, FixedCapacityState(positions, (counts_W - capacity).clamp(min=0).sum())
 
 
 def _combine(rows: torch.Tensor, positions: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    return _start_combine(rows, positions, group, size)()
+
+
+def _start_combine(rows: torch.Tensor, positions: torch.Tensor, group: str, size: int) -> Finish[torch.Tensor]:
     check_group("combine", "ep", group, size)
     shapes.check_combine(rows, positions, size)
-    total: torch.Tensor = unpermute(all_to_all(rows, size, group), None, positions)
-    return total
+    splits = [rows.shape[0] // size] * size
+    wait = start_exchange(rows, splits, splits, group)
+    return lambda: unpermute(wait(), None, positions)
 
 
 dispatch_op = define(
@@ -93,6 +112,18 @@ def dispatch_fixed_capacity(
     return group_received(received, num_local_experts, ep), FixedCapacityState(*state)
 
 
+def start_fixed_capacity(
+    tensors: Sequence[torch.Tensor], *, capacity: int, num_local_experts: int, ep: Group
+) -> Finish[tuple[list[torch.Tensor], FixedCapacityState]]:
+    """The exchange of `dispatch_fixed_capacity`, in flight. Where a gradient is needed, it is waited for at once.
+
+    `tensors` are hidden states, ids, weights and perhaps scales, and so is what arrives.
+    """
+    fill = [0, -1, 0, 0][: len(tensors)]
+    wait, state = _start_dispatch(tensors, tensors[1], fill, num_local_experts, capacity, ep.name, ep.size)
+    return lambda: (wait(), state)
+
+
 def combine_fixed_capacity(
     expert_rows: torch.Tensor,
     dispatched: LocalDispatch,
@@ -108,3 +139,8 @@ def combine_fixed_capacity(
     shares = combine_local(expert_rows, dispatched.state, is_weighed=is_weighed)
     output: torch.Tensor = combine_op(shares, state.positions, ep.name, ep.size)
     return output
+
+
+def start_return_fixed_capacity(shares: torch.Tensor, state: FixedCapacityState, *, ep: Group) -> Finish[torch.Tensor]:
+    """The exchange of `combine_fixed_capacity`, in flight."""
+    return _start_combine(shares, state.positions, ep.name, ep.size)

@@ -4,7 +4,7 @@ N rows, K top-k, H hidden, E experts of this rank, R = N * K rows for the expert
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -78,18 +78,81 @@ def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tens
     return weighed_RH.copy_(rows.to(torch.float32) * weights_R[:-1].unsqueeze(1))
 
 
+def _spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
+    spread_RH = shapes.spread_rows(x, positions, rows)
+    num_rows = x.shape[0]
+    if not num_rows:
+        return spread_RH.zero_()
+    source_R = positions.new_full((rows + 1,), num_rows)  # one place more, for choices that went nowhere
+    row_NK = torch.arange(num_rows, device=x.device).unsqueeze(1).expand_as(positions)
+    source_R.scatter_(0, torch.where(positions >= 0, positions, rows).flatten(), row_NK.flatten())
+    is_filled_R1 = (source_R[:rows] < num_rows).unsqueeze(1)
+    return spread_RH.copy_(torch.where(is_filled_R1, x.index_select(0, source_R[:rows].clamp(max=num_rows - 1)), 0))
+
+
+def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    dots_NK = shapes.dot_rows(a, b, positions)
+    if not a.shape[0]:
+        return dots_NK.zero_()
+    dots_R = (a.to(torch.float32) * b.to(torch.float32)).sum(dim=1)
+    return dots_NK.copy_(torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0))
+
+
+def _keep_permutation(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    ctx.save_for_backward(output[-1])
+    ctx.mark_non_differentiable(*(x for x in output if not x.is_floating_point()))
+
+
+def _permute_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    (positions,) = ctx.saved_tensors
+    return [unpermute(grad, None, positions) for grad in grads[:-2]], None, None, None
+
+
+def _keep_weighed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _unpermute_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rows, weights, positions = ctx.saved_tensors
+    grad_RH = spread_rows(grad, positions, rows.shape[0])
+    if weights is None:
+        return grad_RH, None, None
+    grad_weights = dot_rows(grad_RH, rows, positions) if ctx.needs_input_grad[1] else None
+    return weigh_rows(grad_RH, weights, positions), grad_weights, None
+
+
+def _weigh_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rows, weights, positions = ctx.saved_tensors
+    grad_weights = dot_rows(grad, rows, positions) if ctx.needs_input_grad[1] else None
+    return weigh_rows(grad, weights, positions), grad_weights, None
+
+
 permute_by_expert = define(
     # One flat list, because torch's simulation of several ranks takes no list within a tuple.
     "permute_by_expert(Tensor[] tensors, Tensor topk_ids, SymInt first_expert, int num_local_experts) -> Tensor[]",
     kernel=_permute,
     fake=shapes.permute_by_expert,
+    backward=_permute_backward,
+    setup_context=_keep_permutation,
 )
 unpermute = define(
-    "unpermute(Tensor rows, Tensor? weights, Tensor positions) -> Tensor", kernel=_unpermute, fake=shapes.unpermute
+    "unpermute(Tensor rows, Tensor? weights, Tensor positions) -> Tensor",
+    kernel=_unpermute,
+    fake=shapes.unpermute,
+    backward=_unpermute_backward,
+    setup_context=_keep_weighed,
 )
 weigh_rows = define(
-    "weigh_rows(Tensor rows, Tensor weights, Tensor positions) -> Tensor", kernel=_weigh_rows, fake=shapes.weigh_rows
+    "weigh_rows(Tensor rows, Tensor weights, Tensor positions) -> Tensor",
+    kernel=_weigh_rows,
+    fake=shapes.weigh_rows,
+    backward=_weigh_backward,
+    setup_context=_keep_weighed,
 )
+spread_rows = define(
+    "spread_rows(Tensor x, Tensor positions, SymInt rows) -> Tensor", kernel=_spread_rows, fake=shapes.spread_rows
+)
+dot_rows = define("dot_rows(Tensor a, Tensor b, Tensor positions) -> Tensor", kernel=_dot_rows, fake=shapes.dot_rows)
 
 
 def dispatch_local(

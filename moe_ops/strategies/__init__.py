@@ -11,8 +11,18 @@ import torch
 from fake_impls.checks import check_choice, check_dtype, check_equal
 from fake_impls.layout import chunk_bounds
 from moe_ops.groups import ParallelGroups
+from moe_ops.overlap import Finish
 from moe_ops.strategies import all2all, allgather, mc2
-from moe_ops.types import PrepareOutput, Quant, Reduction, ShardState, State, Strategy
+from moe_ops.types import (
+    ExpertParallelState,
+    PrepareOutput,
+    Quant,
+    Reduction,
+    ShardState,
+    State,
+    Strategy,
+    UnchangedState,
+)
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -130,6 +140,21 @@ def finalize(
     if strategy is Strategy.MC2:
         return mc2.finalize(hidden_states, state, groups=groups)
     return allgather.finalize(hidden_states, state, groups=groups, reduce_results=reduce_results)
+
+
+def start_finalize(
+    hidden_states: torch.Tensor, state: State, *, strategy: Strategy, groups: ParallelGroups
+) -> Finish[torch.Tensor]:
+    """`finalize` without `reduce_results`, with the rows still in flight."""
+    is_single = isinstance(state, ExpertParallelState) and groups.ep.size == 1
+    if is_single or isinstance(state, UnchangedState) or (isinstance(state, ShardState) and state.num_chunks == 1):
+        output = finalize(hidden_states, state, strategy=strategy, groups=groups)
+        return lambda: output
+    if strategy is Strategy.ALL2ALL:
+        return all2all.start_finalize(hidden_states, state, groups=groups)
+    if strategy is Strategy.MC2:
+        return mc2.start_finalize(hidden_states, state, groups=groups)
+    return allgather.start_finalize(hidden_states, state, groups=groups)
 
 
 def lay_out_like_prepared(

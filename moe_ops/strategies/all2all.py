@@ -9,8 +9,9 @@ from fake_impls.checks import check_dim, check_equal
 from fake_impls.layout import padded_rows
 from fake_impls.strategies import all2all as shapes
 from moe_ops._library import define
-from moe_ops.collectives import all_gather, chunk_rows, chunk_tokens
+from moe_ops.collectives import chunk_rows, chunk_tokens, start_all_gather
 from moe_ops.groups import ParallelGroups, check_group
+from moe_ops.overlap import Finish
 from moe_ops.types import PrepareOutput, ShardState, State, UnchangedState
 
 
@@ -26,9 +27,15 @@ def _prepare(
 
 
 def _finalize(hidden_states: torch.Tensor, num_tokens: int, group: str, size: int) -> torch.Tensor:
-    check_group("finalize", "tp", group, size)
     shapes.check_chunk("finalize", hidden_states, num_tokens, size)
-    return all_gather(hidden_states, size, group).narrow(0, 0, num_tokens)
+    return start_gather_chunks(hidden_states, num_tokens, group, size)()
+
+
+def start_gather_chunks(hidden_states: torch.Tensor, num_tokens: int, group: str, size: int) -> Finish[torch.Tensor]:
+    """Gather equal chunks over TP and cut the padding."""
+    check_group("finalize", "tp", group, size)
+    wait = start_all_gather(hidden_states, size, group)
+    return lambda: wait().narrow(0, 0, num_tokens)
 
 
 prepare_all2all = define(
@@ -53,11 +60,11 @@ def prepare(
     return PrepareOutput(hidden_chunk, logits_chunk, None, None, ShardState(num_tokens, padded, groups.tp.size))
 
 
-def chunk(x: torch.Tensor, *, groups: ParallelGroups) -> tuple[torch.Tensor, ShardState]:
-    """One tensor, padded and chunked over TP as prepare does it, and the state for finalize. No collective."""
-    num_tokens, size = x.shape[0], groups.tp.size
-    padded = padded_rows(num_tokens, size)
-    return chunk_tokens(x, padded, size, groups.tp.rank), ShardState(num_tokens, padded, size)
+def chunk(x: torch.Tensor, *, groups: ParallelGroups) -> torch.Tensor:
+    """One tensor, padded and chunked over TP as prepare does it. No collective."""
+    size = groups.tp.size
+    chunked: torch.Tensor = chunk_tokens(x, padded_rows(x.shape[0], size), size, groups.tp.rank)
+    return chunked
 
 
 def finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:
@@ -67,6 +74,13 @@ def finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroup
     num_tokens = shard_state("finalize", state).num_tokens
     output: torch.Tensor = finalize_all2all(hidden_states, num_tokens, groups.tp.name, groups.tp.size)
     return output
+
+
+def start_finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups) -> Finish[torch.Tensor]:
+    """`finalize` with the chunks still in flight."""
+    num_tokens = shard_state("finalize", state).num_tokens
+    shapes.check_chunk("finalize", hidden_states, num_tokens, groups.tp.size)
+    return start_gather_chunks(hidden_states, num_tokens, groups.tp.name, groups.tp.size)
 
 
 def lay_out(token_ids: torch.Tensor, state: State, *, groups: ParallelGroups) -> torch.Tensor:

@@ -9,9 +9,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fake_impls.checks import check_dim
 from fake_impls.strategies import mc2 as shapes
 from moe_ops._library import define
-from moe_ops.collectives import all_gather, chunk_rows, copy_rows, pad_rows
+from moe_ops.collectives import chunk_rows, copy_rows, pad_rows
 from moe_ops.groups import Group, ParallelGroups, check_group
-from moe_ops.strategies.all2all import shard_state, unchanged
+from moe_ops.overlap import Finish
+from moe_ops.strategies.all2all import shard_state, start_gather_chunks, unchanged
 from moe_ops.types import PrepareOutput, ShardState, State, UnchangedState
 
 
@@ -43,8 +44,7 @@ def _finalize(
     shapes.check_finalize(hidden_states, padded_num_tokens, size)
     if size == 1:
         return copy_rows(hidden_states, 0, num_tokens)
-    check_group("finalize", "tp", group, size)
-    return all_gather(hidden_states, size, group).narrow(0, 0, num_tokens)
+    return start_gather_chunks(hidden_states, num_tokens, group, size)()
 
 
 prepare_mc2 = define(
@@ -111,3 +111,10 @@ def finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroup
     whole = Group.single() if num_chunks == 1 else groups.tp
     output: torch.Tensor = finalize_mc2(hidden_states, num_tokens, padded, whole.name, whole.size)
     return output
+
+
+def start_finalize(hidden_states: torch.Tensor, state: State, *, groups: ParallelGroups) -> Finish[torch.Tensor]:
+    """`finalize` with the chunks still in flight, where prepare cut any."""
+    num_tokens, padded, num_chunks = shard_state("finalize", state)
+    shapes.check_finalize(hidden_states, padded, num_chunks)
+    return start_gather_chunks(hidden_states, num_tokens, groups.tp.name, groups.tp.size)

@@ -1,0 +1,204 @@
+"""Gradients through the whole stage on real ranks, against torch's through the dense oracle in float64.
+
+Every rank differentiates the sum of its results times random numbers. What comes back is the gradient of the sum of that over
+all ranks, so for tokens or weights that several ranks hold, their gradients add up to the oracle's.
+"""
+
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import moe_ops as mo
+
+from .oracle import dense_moe
+from .problems import FORMS, E, Problem, groups_for, make_inputs, make_stage, own_experts, own_shared, problems
+from .ranks import RankPool
+
+OPS = torch.ops.moe_ops
+WEIGHTS = ("w13", "w2", "w13_bias", "w2_bias")
+
+
+class Gradients(NamedTuple):
+    """Of one rank, or of the oracle; None where there is no such tensor."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    experts: dict[str, torch.Tensor | None]
+    shared: dict[str, torch.Tensor | None]
+
+
+def cotangent(problem: Problem, rank: int) -> torch.Tensor:
+    """What a rank multiplies its results with: of real tokens alone."""
+    rows = problem.counts[problem.owner(rank)]
+    return torch.randn(rows, problem.hidden_size, generator=torch.Generator().manual_seed(rank))
+
+
+def leaves(weights: Any) -> Any:
+    """The named tuple with its floating-point tensors as leaves that require gradients."""
+    fields = {name: value for name, value in weights._asdict().items() if isinstance(value, torch.Tensor)}
+    return weights._replace(**{name: value.detach().clone().requires_grad_() for name, value in fields.items()})
+
+
+def grads_of(weights: Any) -> dict[str, torch.Tensor | None]:
+    tensors = {name: value for name, value in weights._asdict().items() if isinstance(value, torch.Tensor)}
+    return {name: tensor.grad for name, tensor in tensors.items()}
+
+
+def differentiate(rank: int, problem: Problem, stage: Any, experts: Any, shared: Any) -> Gradients:
+    inputs = make_inputs(rank, problem)
+    inputs.hidden.requires_grad_()
+    inputs.logits.requires_grad_()
+    for weights in (experts, shared):
+        for tensor in weights or ():
+            if isinstance(tensor, torch.Tensor):
+                tensor.grad = None
+    (stage(inputs) * cotangent(problem, rank)).sum().backward()
+    shared_grads = {} if shared is None else grads_of(shared)
+    return Gradients(inputs.hidden.grad, inputs.logits.grad, grads_of(experts), shared_grads)
+
+
+def own_leaves(rank: int, problem: Problem) -> tuple[mo.ExpertWeights, mo.SharedExperts | None]:
+    shared = own_shared(problem, groups_for(problem))
+    return leaves(own_experts(problem, rank)), None if shared is None else leaves(shared)
+
+
+def run_backward(rank: int, problem: Problem, **keywords: Any) -> Gradients:
+    experts, shared = own_leaves(rank, problem)
+    return differentiate(rank, problem, make_stage(rank, problem, experts, shared, **keywords), experts, shared)
+
+
+def is_compiled(rank: int, problem: Problem) -> bool:
+    """Two ranks of four. With shared experts all: their backward's collectives do not depend on those of the routed experts,
+    and torch orders them otherwise in a graph than in eager mode."""
+    return rank in (1, 2) or problem.shared != "none"
+
+
+def run_compiled_backward(rank: int, problem: Problem, all_counts: list[tuple[int, ...]], backend: str) -> Any:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    experts, shared = own_leaves(rank, problem)
+    stage: Any = make_stage(rank, problem, experts, shared)
+    if is_compiled(rank, problem):
+        stage = torch.compile(stage, backend=counter, fullgraph=True)
+    results = [differentiate(rank, problem._replace(counts=counts), stage, experts, shared) for counts in all_counts]
+    return results, counter.frame_count
+
+
+def expected_gradients(problem: Problem) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], Gradients]:
+    """Of each owner's tokens, and of all experts and shared experts."""
+    plain = problem.experts()
+    experts = leaves(plain._replace(**{name: to_double(getattr(plain, name)) for name in WEIGHTS}))
+    shared = problem.shared_experts()
+    if shared is not None:
+        shared = leaves(shared._replace(w13=shared.w13.double(), w2=shared.w2.double(), gate=to_double(shared.gate)))
+    tokens: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    total = torch.zeros((), dtype=torch.float64)
+    nothing = problem.routing._replace(routed_scaling_factor=0.0)
+    for rank in range(4):
+        owner, num_real = problem.owner(rank), problem.num_real(rank)
+        hidden, logits, input_ids = problem.tokens(owner)
+        if owner not in tokens:
+            tokens[owner] = hidden.double().requires_grad_(), logits.double().requires_grad_()
+        hidden, logits = tokens[owner]
+        real = dense_moe(
+            hidden[:num_real],
+            logits[:num_real],
+            experts,
+            problem.routing,
+            input_ids=input_ids[:num_real],
+            shared=shared,
+        )
+        rest = dense_moe(hidden[num_real:], logits[num_real:], experts, nothing, input_ids=None, shared=shared)
+        total = total + (torch.cat([real, rest]) * cotangent(problem, rank)).sum()
+    total.backward()
+    shared_grads = {} if shared is None else grads_of(shared)
+    return {owner: (pair[0].grad, pair[1].grad) for owner, pair in tokens.items()}, Gradients(
+        torch.empty(0), torch.empty(0), grads_of(experts), shared_grads
+    )
+
+
+def to_double(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.double()
+
+
+def assert_close(found: torch.Tensor | None, wanted: torch.Tensor | None, tolerance: float) -> None:
+    if wanted is None or not wanted.numel():
+        return
+    found = torch.zeros_like(wanted) if found is None else found.double()
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=0.5)
+
+
+def check(problem: Problem, found: list[Gradients], tolerance: float) -> None:
+    tokens, whole = expected_gradients(problem)
+    for owner, wanted in tokens.items():
+        mine = [found[rank] for rank in range(4) if problem.owner(rank) == owner]
+        assert_close(sum(grads.hidden.double() for grads in mine), wanted[0], tolerance)
+        assert_close(sum(grads.logits.double() for grads in mine), wanted[1], tolerance)
+    as_weights = problem.experts()._replace(**whole.experts)
+    for rank in range(4):
+        wanted_experts = own_experts_of(problem, as_weights, rank)
+        for name in ("w13", "w2", "w13_bias"):
+            assert_close(found[rank].experts.get(name), getattr(wanted_experts, name), tolerance)
+    if problem.has_bias:
+        of_ranks = [grads.experts["w2_bias"].double() for grads in found]
+        w2_bias = torch.cat(of_ranks) if problem.has_ep else sum(of_ranks)
+        assert_close(w2_bias, whole.experts["w2_bias"], tolerance)
+    shared, tp = problem.shared_experts(), problem.layout[2]
+    for tp_rank in range(tp) if shared is not None else ():
+        held = [found[rank].shared for rank in range(4) if not shared.is_tp_sharded or rank % tp == tp_rank]
+        parts = shared_part(problem, whole.shared, tp_rank)
+        for name, wanted in parts.items():
+            is_once = name != "gate" or not shared.is_tp_sharded  # the gate is whole on every TP rank
+            of_ranks = held if is_once else [grads.shared for grads in found]
+            assert_close(sum(grads[name].double() for grads in of_ranks), wanted, tolerance)
+
+
+def own_experts_of(problem: Problem, weights: mo.ExpertWeights, rank: int) -> mo.ExpertWeights:
+    class Given(Problem):
+        def quantized_experts(self) -> mo.ExpertWeights:
+            return weights
+
+    return own_experts(Given(*problem), rank)
+
+
+def shared_part(problem: Problem, grads: dict[str, Any], tp_rank: int) -> dict[str, torch.Tensor]:
+    shared, i = problem.shared_experts(), problem.intermediate // problem.layout[2]
+    if shared is None or not shared.is_tp_sharded:
+        return grads
+    mine = torch.arange(tp_rank * i, tp_rank * i + i)
+    return grads | {"w13": grads["w13"][torch.cat((mine, mine + problem.intermediate))], "w2": grads["w2"][:, mine]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+@settings(max_examples=40)
+def test_every_form_agrees_with_the_oracle(ranks4: RankPool, form: str, data: st.DataObject) -> None:
+    problem = data.draw(problems(form))
+    tolerance = 1e-4 if problem.dtype is torch.float32 else 16 * 2.0**-8
+    check(problem, ranks4.run(run_backward, problem), tolerance)
+
+
+RICH = mo.Routing(3, E, scoring="sigmoid", e_score_correction_bias=torch.linspace(-1, 1, E), routed_scaling_factor=2.5)
+COMPILED = {
+    "plain": {},
+    "rich": {"routing": RICH, "has_bias": True, "activation": "swigluoai", "shared": "sharded"},
+    "on-input": {"routing": mo.Routing(2, E, apply_router_weight_on_input=True), "shared": "replicated"},
+}
+
+
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "aot_eager") for kind in COMPILED), ("rich", "inductor")])
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_and_backward_are_one_graph_for_all_counts(
+    ranks4: RankPool, form: str, kind: str, backend: str
+) -> None:
+    problem = Problem(form, seed=7)._replace(**COMPILED[kind])
+    all_counts = [(3, 64, 0, 7), (0, 0, 0, 0), (1, 0, 57, 1), (2, 3, 1, 0)]
+    answers = ranks4.run(run_compiled_backward, problem, all_counts, backend)
+    assert [graphs for _, graphs in answers] == [int(is_compiled(rank, problem)) for rank in range(4)]
+    for index, counts in enumerate(all_counts):
+        check(problem._replace(counts=counts), [results[index] for results, _ in answers], 1e-4)

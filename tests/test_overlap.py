@@ -1,0 +1,173 @@
+"""Streams of work: what is in flight when, in eager mode and in the graph; and that no value changes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import aot_module_simplified
+
+import moe_ops as mo
+from moe_ops.overlap import Finish, Result, Steps, Transfer
+
+from .problems import FORMS, Problem, expected_of, make_inputs, make_stage, problems, run_stage
+from .ranks import RankPool
+
+LEAF, COLLECTIVE, WAIT = "moe_ops.", "_c10d_functional.", "_c10d_functional.wait_tensor.default"
+
+
+def stream(name: str, log: list[str], num_transfers: int) -> Steps[str]:
+    def start(index: int) -> Finish[int]:
+        log.append(f"{name}{index} start")
+
+        def finish() -> int:
+            log.append(f"{name}{index} finish")
+            return index
+
+        return finish
+
+    for index in range(num_transfers):
+        log.append(f"{name} computes")
+        transfer = Transfer(partial(start, index), partial(log.append, f"{name} meanwhile"))
+        yield transfer
+        assert transfer.arrived == index
+    log.append(f"{name} ends")
+    yield Result(name)
+
+
+def test_one_computes_while_the_collective_of_the_other_is_in_flight() -> None:
+    log: list[str] = []
+    assert mo.interleave(stream("a", log, 2), stream("b", log, 1)) == ["a", "b"]
+    assert log == [
+        *("a computes", "a0 start", "a meanwhile", "b computes", "a0 finish"),
+        *("b0 start", "b meanwhile", "a computes", "b0 finish"),
+        *("a1 start", "a meanwhile", "b ends", "a1 finish", "a ends"),
+    ]
+
+
+@given(lengths=st.lists(st.integers(0, 4), max_size=4))
+def test_every_collective_is_waited_for_before_the_next(lengths: list[int]) -> None:
+    log: list[str] = []
+    names = "abcd"[: len(lengths)]
+    results = mo.interleave(*(stream(name, log, n) for name, n in zip(names, lengths, strict=True)))
+    assert results == list(names)
+    transfers = [line for line in log if line.endswith(("start", "finish"))]
+    assert len(transfers) == 2 * sum(lengths)
+    for started, finished in zip(transfers[::2], transfers[1::2], strict=True):
+        assert (started.split()[0], started.split()[1], finished) == (
+            finished.split()[0],
+            "start",
+            f"{started.split()[0]} finish",
+        )
+
+
+def halves(problem: Problem) -> tuple[Problem, Problem]:
+    """Two batches of the same layer, with other tokens and other counts."""
+    return problem, problem._replace(counts=problem.counts[::-1])
+
+
+def run_interleaved(rank: int, problem: Problem, backend: str | None, **keywords: Any) -> Any:
+    steps = [make_stage(rank, half, run=mo.moe_stage_steps, **keywords) for half in halves(problem)]
+    inputs = [make_inputs(rank, half) for half in halves(problem)]
+
+    def both(first: Any, second: Any) -> list[torch.Tensor]:
+        results = mo.interleave(steps[0](first), steps[1](second))
+        return [2 * result for result in results]  # results that the graph goes on with
+
+    if backend is None:
+        return both(*inputs), 0
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    with torch.no_grad():
+        compiled = torch.compile(both, backend=counter, fullgraph=True)
+        results = compiled(*inputs)
+        compiled(*(make_inputs(rank, half._replace(counts=(4, 0, 1, 9))) for half in halves(problem)))
+    return results, counter.frame_count
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+@settings(max_examples=15)
+def test_micro_batches_are_equal_to_the_bit(ranks4: RankPool, form: str, data: st.DataObject) -> None:
+    problem = data.draw(problems(form))._replace(reduce_results=True)
+    wanted = [ranks4.run(run_stage, half) for half in halves(problem)]
+    for rank, (found, _) in enumerate(ranks4.run(run_interleaved, problem, None)):
+        for index in range(2):
+            assert torch.equal(found[index], 2 * wanted[index][rank])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_micro_batches_are_one_graph(ranks4: RankPool, form: str, backend: str) -> None:
+    problem = Problem(form, counts=(3, 64, 0, 7), shared="sharded", seed=3)
+    alone = [ranks4.run(run_stage, half) for half in halves(problem)]
+    for rank, (found, graphs) in enumerate(ranks4.run(run_interleaved, problem, backend)):
+        assert graphs == 1
+        for index, half in enumerate(halves(problem)):
+            torch.testing.assert_close(found[index].double() / 2, expected_of(half, rank), rtol=2e-5, atol=2e-5)
+            assert backend == "inductor" or torch.equal(found[index], 2 * alone[index][rank])
+
+
+@pytest.mark.parametrize("form", ["allgather-dp", "allgather-ep"])
+@given(data=st.data())
+@settings(max_examples=25)
+def test_a_gather_that_runs_under_the_gate_changes_no_value(ranks4: RankPool, form: str, data: st.DataObject) -> None:
+    problem = data.draw(problems(form))._replace(quant=data.draw(st.sampled_from([mo.Quant.NONE, mo.Quant.W8A8])))
+    together = ranks4.run(run_stage, problem)
+    for found, wanted in zip(ranks4.run(run_overlapped, problem), together, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def run_overlapped(rank: int, problem: Problem) -> torch.Tensor:
+    return make_stage(rank, problem, overlap_gate=True)(make_inputs(rank, problem))
+
+
+def graph_of(rank: int, problem: Problem, **keywords: Any) -> list[str]:
+    """The nodes of the whole stage in the order in which a graph runs them, composites expanded."""
+    torch._dynamo.reset()
+    nodes: list[str] = []
+
+    def note(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nodes.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return aot_module_simplified(module, inputs, fw_compiler=note)
+
+    with torch.no_grad():
+        torch.compile(make_stage(rank, problem, **keywords), backend=backend, fullgraph=True)(
+            make_inputs(rank, problem)
+        )
+    return nodes
+
+
+def collectives(nodes: list[str]) -> Iterator[tuple[int, int]]:
+    """Where each collective is issued, and where it is waited for."""
+    issued = [index for index, node in enumerate(nodes) if node.startswith(COLLECTIVE) and node != WAIT]
+    waited = [index for index, node in enumerate(nodes) if node == WAIT]
+    return zip(issued, waited, strict=True)
+
+
+@pytest.mark.parametrize("form", ["allgather-dp", "allgather-ep"])
+def test_in_the_graph_the_gather_is_issued_before_routing_and_waited_for_after(ranks4: RankPool, form: str) -> None:
+    problem = Problem(form, layout=(4, 1, 1))
+    for nodes in ranks4.run(partial(graph_of, overlap_gate=True), problem):
+        issued, waited = next(collectives(nodes))
+        assert issued < nodes.index("moe_ops.route.default") < waited
+    for nodes in ranks4.run(graph_of, problem):
+        issued, waited = next(collectives(nodes))
+        assert nodes.index("moe_ops.route.default") < issued
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shared_experts_run_while_rows_travel(ranks4: RankPool, form: str) -> None:
+    is_sharded = FORMS[form][1]
+    problem = Problem(form, shared="replicated" if is_sharded else "sharded", reduce_results=False)
+    for nodes in ranks4.run(graph_of, problem):
+        shared = [index for index, node in enumerate(nodes) if node == "aten.mm.default"]
+        experts = nodes.index("moe_ops.grouped_linear.default")
+        assert any(all(issued < index < waited < experts for index in shared) for issued, waited in collectives(nodes))
