@@ -1,9 +1,12 @@
 """The Mixture-of-Experts stage as pure ``torch.library`` ops that compilers trace whole."""
 
 from moe_ops import reference
+from moe_ops.calibration import calibrate
+from moe_ops.cost_types import Calibration, LayerShape, Link, Topology
 from moe_ops.dynamic import mark_token_axes, token_count
 from moe_ops.groups import Group, ParallelGroups
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
+from moe_ops.selection import select_strategy
 from moe_ops.stage import moe_stage
 from moe_ops.strategies import finalize, lay_out_like_prepared, output_reduction, prepare
 from moe_ops.types import (
@@ -18,9 +21,12 @@ from moe_ops.types import (
 )
 
 __all__ = [
+    "Calibration",
     "Dispatch",
     "ExpertWeights",
     "Group",
+    "LayerShape",
+    "Link",
     "ParallelGroups",
     "PrepareOutput",
     "Quant",
@@ -28,6 +34,8 @@ __all__ = [
     "Routing",
     "SharedExperts",
     "Strategy",
+    "Topology",
+    "calibrate",
     "dequantize_activations",
     "dequantize_weights",
     "finalize",
@@ -39,5 +47,6 @@ __all__ = [
     "quantize_activations",
     "quantize_weights",
     "reference",
+    "select_strategy",
     "token_count",
 ]
