@@ -6,6 +6,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 
 import moe_ops as mo
@@ -181,7 +182,9 @@ def sent_by_stage(rank: int, ranks: int, layout: Layout, form: tuple, is_sharded
             quant=quant,
         )
 
-    call()
+        dist.barrier()  # what the others have received, this rank has sent: nothing is still in a socket
+
+    dist.barrier()
     return count_traffic(call).bytes_sent
 
 
