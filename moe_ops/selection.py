@@ -93,13 +93,22 @@ def select_strategy(
         copies=copies,
     )
     allowed = [cost for cost in costs if cost.is_capturable or not must_be_capturable]
-    best, *others = sorted(allowed, key=lambda cost: cost.seconds)  # stable
-    reason = f"least predicted time, {_microseconds(best)}; next {_name(others[0])} with {_microseconds(others[0])}"
-    if others[0].seconds == best.seconds:
-        reason = f"least predicted time, {_microseconds(best)}, and before {_name(others[0])}, which takes as long"
+    best = min(allowed, key=lambda cost: cost.seconds)  # the first of equal ones
+    reason = _compare(best, [cost for cost in allowed if cost is not best])
     if must_be_capturable:
         reason += "; ALL_TO_ALL cannot be captured"
     return Selection(best.strategy, best.dispatch, reason, costs)
+
+
+def _compare(best: FormCost, others: list[FormCost]) -> str:
+    if not best.collectives:
+        return "nothing is sent"
+    reason = f"least predicted time, {_microseconds(best)}"
+    slower = sorted((cost for cost in others if cost.seconds > best.seconds), key=lambda cost: cost.seconds)
+    equal = [_name(cost) for cost in others if cost.seconds == best.seconds]
+    if equal:
+        reason += f", as {' and '.join(equal)}"
+    return f"{reason}; next {_name(slower[0])}, {_microseconds(slower[0])}" if slower else reason
 
 
 def _name(cost: FormCost) -> str:
