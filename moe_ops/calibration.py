@@ -33,16 +33,16 @@ def calibrate(
 
     Raises:
         ValueError: the group has one rank, or `sizes` or `rounds` are out of range.
-        RuntimeError: the group is not initialised.
+        RuntimeError: no process group has the name of the group.
     """
     if group.size < 2:
         raise ValueError(f"calibrate: group must have 2 ranks or more, got {group.size}")
-    check_group("calibrate", "the", group.name, group.size, group.rank)
     small, large = sizes
     if not 0 < small < large:
         raise ValueError(f"calibrate: sizes must be a small and a large number of bytes, got {sizes}")
     if rounds < 1:
         raise ValueError(f"calibrate: rounds must be at least 1, got {rounds}")
+    check_group("calibrate", "the", group.name, group.size, group.rank)
     links = {}
     for kind in CollectiveKind:
         calls = [_make_call(kind, size, group, torch.device(device)) for size in sizes]

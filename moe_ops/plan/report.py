@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_ops.cost_types import FormCost
@@ -81,7 +82,7 @@ def describe(request: Request) -> list[str]:
 
 def make_table(request: Request, plan: Plan) -> Table:
     """Each form, cheapest first, and its collectives."""
-    title = f"\nTokens of a TP group: {plan.num_tokens:,}; routing: {request.routing}"
+    title = f"\nTokens of a TP group: {plan.num_tokens:,}; routing: {escape(request.routing)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False
     table.add_column("")
@@ -113,9 +114,7 @@ def conclude(request: Request, plan: Plan) -> list[str]:
             f"vllm-ascend's rule for {request.device.value}: {rule.strategy.name} {rule.dispatch.name}: {rule.reason}"
         )
     busiest = max(load.ranks)
-    flops = (
-        6 * busiest * model.hidden_size * model.intermediate_size
-    )  # three products, each a multiplication and an addition
+    flops = 3 * 2 * busiest * model.hidden_size * model.intermediate_size  # three products, a multiply-add is two
     lines.append(
         f"Load: busiest expert {load.expert_imbalance:.2f} times the mean ({max(load.experts):,} rows), busiest rank "
         f"{load.rank_imbalance:.2f} times ({busiest:,} rows, {flops / 1e9:,.1f} GFLOP)"
