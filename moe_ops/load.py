@@ -73,12 +73,13 @@ def draw_topk_ids(
         raise ValueError(f"draw_topk_ids: exponent must be at least 0, got {exponent}")
     generator = torch.Generator().manual_seed(seed)
     popularity_E = torch.randperm(num_experts, generator=generator) + 1
-    weights_E = popularity_E.to(torch.float32) ** -exponent
+    weights_E = popularity_E.to(torch.float64) ** -exponent
     ids = [torch.empty(0, top_k, dtype=torch.int32)]
     for start in range(0, num_tokens, _DRAWN_AT_ONCE):
         rows = min(_DRAWN_AT_ONCE, num_tokens - start)
-        # The first arrivals of Poisson processes of these rates: weighted drawing without replacement.
-        arrivals_TE = torch.empty(rows, num_experts).exponential_(generator=generator) / weights_E
+        # The first arrivals of Poisson processes of these rates: weighted drawing without replacement. In float64, where the
+        # logarithms of different processors hardly ever order two of them differently.
+        arrivals_TE = -torch.rand(rows, num_experts, dtype=torch.float64, generator=generator).log() / weights_E
         ids.append(arrivals_TE.topk(top_k, largest=False).indices.to(torch.int32))
     return torch.cat(ids)
 

@@ -88,6 +88,13 @@ def test_a_given_routing(capsys: Captured, tmp_path: Path) -> None:
     assert "busiest expert 4.00 times the mean (8 rows), busiest rank 1.50 times (12 rows" in output
 
 
+def test_prints_what_the_readme_shows(capsys: Captured) -> None:
+    shown = re.search(r"```\n\$ moe-ops plan (.*?)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown
+    printed = plan(capsys, *shown[1].split())
+    assert [line.rstrip() for line in printed.splitlines()] == shown[2].splitlines()
+
+
 def test_rows_of_the_ranks_are_chunks_of_their_groups() -> None:
     ids = torch.arange(6).view(6, 1)
     shards = shard_routing(ids, Topology(tp=2, dp=2), 3)
