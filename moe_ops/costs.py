@@ -1,8 +1,8 @@
 """What each form of the stage sends, and how long that takes: bytes from shapes, seconds from a calibration.
 
 Pure functions of integers and floats: ranks that are given the same get the same, to the bit. What is not a collective of the
-routed experts is left out: routing, packing and permuting rows, the experts' products, shared experts. `shared_expert_dp`, where
-each TP rank exchanges all T tokens, is not modelled.
+routed experts is left out: routing, packing and permuting rows, the experts' products, shared experts. `shared_expert_dp`,
+where each TP rank exchanges all T tokens, is not modelled.
 
 T tokens of a TP group, N rows of an EP rank, W ranks of EP, H hidden, E experts, K top-k.
 """

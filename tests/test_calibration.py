@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 
 import moe_ops as mo
-from moe_ops.calibration import _make_call, fit_link
+from moe_ops.calibration import _largest, _make_call, fit_link
 from moe_ops.cost_types import CollectiveKind
 from moe_ops.traffic import count_traffic
 
@@ -36,6 +36,14 @@ def sent_by_call(rank: int, kind: CollectiveKind, num_bytes: int) -> int:
 
     dist.barrier()
     return count_traffic(call_and_meet).bytes_sent
+
+
+def largest_of_ranks(rank: int) -> float:
+    return _largest(float(rank + 2), groups_of(2, 1, 1).ep, torch.device("cpu"))
+
+
+def test_the_time_is_that_of_the_slowest_rank(ranks2: RankPool) -> None:
+    assert ranks2.run(largest_of_ranks) == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("kind", CollectiveKind, ids=lambda kind: kind.value)
