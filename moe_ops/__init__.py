@@ -1,10 +1,13 @@
 """The Mixture-of-Experts stage as pure ``torch.library`` ops that compilers trace whole."""
 
 from moe_ops import reference
+from moe_ops.calibration import calibrate
+from moe_ops.cost_types import Calibration, LayerShape, Link, Topology
 from moe_ops.dynamic import mark_token_axes, token_count
 from moe_ops.groups import Group, ParallelGroups
 from moe_ops.overlap import interleave
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
+from moe_ops.selection import select_strategy
 from moe_ops.stage import moe_stage, moe_stage_steps
 from moe_ops.strategies import finalize, lay_out_like_prepared, output_reduction, prepare
 from moe_ops.types import (
@@ -19,9 +22,12 @@ from moe_ops.types import (
 )
 
 __all__ = [
+    "Calibration",
     "Dispatch",
     "ExpertWeights",
     "Group",
+    "LayerShape",
+    "Link",
     "ParallelGroups",
     "PrepareOutput",
     "Quant",
@@ -29,6 +35,8 @@ __all__ = [
     "Routing",
     "SharedExperts",
     "Strategy",
+    "Topology",
+    "calibrate",
     "dequantize_activations",
     "dequantize_weights",
     "finalize",
@@ -42,5 +50,6 @@ __all__ = [
     "quantize_activations",
     "quantize_weights",
     "reference",
+    "select_strategy",
     "token_count",
 ]

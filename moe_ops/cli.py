@@ -5,28 +5,46 @@ import logging
 import sys
 from collections.abc import Sequence
 
-DEMO_PACKAGES = ("rich", "transformers")
+from moe_ops.plan.options import add_options
+
+# Packages that the library does without: the extra that brings each.
+EXTRAS = {"rich": {"demo": "demo", "plan": "plan"}, "transformers": {"demo": "demo"}, "matplotlib": {"plan": "plot"}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        return _plan(options) if options.command == "plan" else _demo(options)
+    except ImportError as error:  # a package is missing or too old
+        extra = EXTRAS.get((error.name or "").partition(".")[0], {}).get(options.command)
+        if extra is None:
+            raise
+        print(
+            f"moe-ops {options.command}: {error}. Get what it needs with: pip install moe-ops[{extra}]",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
         logging.disable(logging.WARNING)  # transformers loads what it finds, and some of that complains
         from moe_ops.demo import run  # needs more packages than the library does
-    except ImportError as error:  # a package is missing or too old
-        if (error.name or "").partition(".")[0] not in DEMO_PACKAGES:
-            raise
-        print(f"moe-ops demo: {error}. Get what it needs with: pip install moe-ops[demo]", file=sys.stderr)
-        return 2
     finally:
         logging.disable(logging.NOTSET)
     return run.run(backend=options.backend, dtype=options.dtype)
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from moe_ops.plan import run
+
+    return run.run(options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-ops", description="Mixture-of-Experts stages as pure PyTorch ops.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     about = (
         "run the MoE blocks of Qwen3-MoE, Mixtral and DeepSeek-V3 on 4 gloo ranks and compare them with transformers"
     )
@@ -43,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of weights and tokens (default: %(default)s)",
     )
+    about = "print what each strategy sends for a model on a topology, how long that takes, and which to choose"
+    add_options(commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}."))
     return parser
 
 
