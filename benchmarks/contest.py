@@ -4,6 +4,7 @@ An entry is a way to compute the layer, in one or more modes; a mode of an entry
 """
 
 import importlib.util
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -109,12 +110,17 @@ def measure(
 def profile(
     group: mo.Group, entries: Sequence[Entry], dtype: torch.dtype, tokens: int, names: Sequence[str], calls: int
 ) -> dict[str, dict[str, float]]:
-    """On one rank: seconds of each op itself in a call of each of the contestants."""
-    answer = Answer({}, {}, {}, {})
+    """On one rank: seconds that each op itself takes in a call of the contestants, medians over `calls` calls in turn."""
     chosen = [entry for entry in entries if set(entry.contestants()) & set(names)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with torch.no_grad():
-        variants = _prepare(group, chosen, dtype, (tokens,), answer)[tokens]
-        return {name: _profile_call(variants[name], calls) for name in names}
+        variants = _prepare(group, chosen, dtype, (tokens,), Answer({}, {}, {}, {}))[tokens]
+        for _ in range(calls):
+            for name in names:
+                variants[name]()  # the first call under a profiler, and after a pause, is slower
+                dist.barrier()
+                found[name].append(_profile_call(variants[name]))
+    return {name: _medians(profiles) for name, profiles in found.items()}
 
 
 def _prepare(
@@ -170,11 +176,12 @@ def _check(
     return True
 
 
-def _profile_call(call: Callable[[], Any], calls: int) -> dict[str, float]:
-    call()
-    if dist.is_initialized():
-        dist.barrier()
+def _profile_call(call: Callable[[], Any]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        for _ in range(calls):
-            call()
-    return {event.key: event.self_cpu_time_total * 1e-6 / calls for event in recorded.key_averages()}
+        call()
+    return {event.key: event.self_cpu_time_total * 1e-6 for event in recorded.key_averages()}
+
+
+def _medians(profiles: list[dict[str, float]]) -> dict[str, float]:
+    ops = dict.fromkeys(op for profile in profiles for op in profile)
+    return {op: statistics.median(profile.get(op, 0.0) for profile in profiles) for op in ops}

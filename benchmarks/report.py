@@ -111,7 +111,7 @@ def _plot_table(axis, table: Table) -> None:  # type: ignore[no-untyped-def]  # 
         places = [row + (index + 0.5) * height - 0.4 for row in range(len(labels))]
         values = [0.0 if isinstance(row[column], str) else row[column] for row in table.rows]
         bars = axis.barh(places, values, height, label=name)
-        axis.bar_label(bars, fmt="{:,.0f}", fontsize=6, padding=2)
+        axis.bar_label(bars, fmt=_format, fontsize=6, padding=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.08)

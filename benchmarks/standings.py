@@ -86,11 +86,12 @@ def standings(contest: Contest, effort: Effort) -> list[Standing]:
 
 
 def time_tables(contest: Contest, effort: Effort) -> list[Table]:
-    """All contestants: wall time, and CPU time of the calling thread."""
-    return [
-        _time_table(contest, effort, "wall time", lambda timing: timing.wall),
-        _time_table(contest, effort, "CPU time of the calling thread", lambda timing: timing.cpu),
-    ]
+    """All contestants: wall time, and CPU time of the calling thread. Of the former, one size of decode and one of prefill
+    are drawn."""
+    wall = _time_table(contest, effort, "wall time", lambda timing: timing.wall)
+    tokens = list(next(iter(hold(contest, effort).values())).timings)
+    wall.chart = Chart(tuple(f"T={count}" for count in tokens if count in CHARTED) or wall.columns[2:3], "ms")
+    return [wall, _time_table(contest, effort, "CPU time of the calling thread", lambda timing: timing.cpu)]
 
 
 def ratio_table(contest: Contest, effort: Effort, is_aimed: Callable[[dict[str, str | float]], bool]) -> Table:
@@ -120,13 +121,11 @@ def name_of(dtype: torch.dtype) -> str:
 def _time_table(contest: Contest, effort: Effort, what: str, pick: Callable[[Timing], float]) -> Table:
     answers = hold(contest, effort)
     tokens = list(next(iter(answers.values())).timings)
-    series = tuple(f"T={count}" for count in tokens if count in CHARTED) or (f"T={tokens[0]}",)
     table = Table(
         f"{contest.name}: {what} of a call, ms",
         ("contestant", "dtype", *(f"T={count}" for count in tokens), "graphs"),
         contest.note,
         num_labels=2,
-        chart=Chart(series, "ms"),
     )
     for dtype, answer in answers.items():
         for name, mode in _contestants(contest).items():
