@@ -22,7 +22,7 @@ EAGER, COMPILED, KERNEL = "eager", "compiled", "kernel"
 MODES = (EAGER, COMPILED, KERNEL)
 """In the order in which they run: the modes of an entry are not neighbours, which would warm the caches for each other."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
-CALLS = 16  # of a batch of one token; fewer where a call takes longer
+CALLS = 8  # of a batch of one token; fewer where a call takes longer
 
 
 class Implementation(NamedTuple):

@@ -109,7 +109,7 @@ def _plot_table(axis, table: Table) -> None:  # type: ignore[no-untyped-def]  # 
     for index, name in enumerate(chart.series):
         column = table.columns.index(name)
         places = [row + (index + 0.5) * height - 0.4 for row in range(len(labels))]
-        values = [0.0 if isinstance(row[column], str) else row[column] for row in table.rows]
+        values = [float("nan") if isinstance(row[column], str) else row[column] for row in table.rows]
         bars = axis.barh(places, values, height, label=name)
         axis.bar_label(bars, fmt=_format, fontsize=6, padding=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -130,6 +130,7 @@ def _time_table(contest: Contest, effort: Effort, what: str, pick: Callable[[Tim
     for dtype, answer in answers.items():
         for name, mode in _contestants(contest).items():
             if name in answer.failures:
+                table.note += f" {name}, {name_of(dtype)}: {answer.failures[name]}"
                 table.add(name, name_of(dtype), *[FAILS] * len(tokens), FAILS)
                 continue
             times = [1e3 * pick(answer.timings[count][name]) for count in tokens]
