@@ -1,7 +1,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+BENCH := .venv-bench/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench bench-stage clean
 
 # The environment is complete when this file exists; a changed requirement makes it anew.
 .venv/complete: requirements/dev.txt pyproject.toml
@@ -27,5 +28,16 @@ types: .venv/complete
 bench: .venv/complete
 	$(BIN)/python -m benchmarks.prepare_finalize
 
+# Of its own: the peers pin other versions of what they need. --no-deps, because the file is complete.
+.venv-bench/complete: requirements/bench.txt pyproject.toml
+	rm -rf .venv-bench
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench.txt
+	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+bench-stage: .venv-bench/complete
+	$(BENCH)/python -m benchmarks.stage --markdown benchmarks/stage.md --plot stage.png
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-bench build *.egg-info

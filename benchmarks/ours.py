@@ -1,0 +1,86 @@
+"""What this library enters: a name and a builder for each way to run the experts, and the whole stage."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import moe_ops as mo
+from benchmarks.contest import Entry, Implementation
+from benchmarks.layer import EXPERTS, ROUTING, Batch, Weights
+from moe_ops.dispatchers import combine, dispatch
+from moe_ops.experts import run_experts
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way through the stage; each rank's tokens are its own."""
+
+    name: str
+    strategy: mo.Strategy
+    dispatch: mo.Dispatch
+    is_sharded: bool = False
+
+
+PATHS = (
+    Path("ALL2ALL, ALL_TO_ALL", mo.Strategy.ALL2ALL, mo.Dispatch.ALL_TO_ALL),
+    Path("ALL2ALL, FIXED_CAPACITY", mo.Strategy.ALL2ALL, mo.Dispatch.FIXED_CAPACITY),
+    Path("MC2, ALL_TO_ALL", mo.Strategy.MC2, mo.Dispatch.ALL_TO_ALL),
+    Path("MC2, FIXED_CAPACITY", mo.Strategy.MC2, mo.Dispatch.FIXED_CAPACITY),
+    Path("ALLGATHER DP", mo.Strategy.ALLGATHER, mo.Dispatch.LOCAL),
+    Path("ALLGATHER EP", mo.Strategy.ALLGATHER, mo.Dispatch.LOCAL, is_sharded=True),
+)
+
+
+def build_experts(weights: Weights, _: mo.Group) -> Implementation:
+    """Local dispatch, experts, combine."""
+    experts, alone = mo.ExpertWeights(weights.w13, weights.w2), mo.Group.single()
+
+    def run(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        dispatched = dispatch(
+            hidden_states, topk_ids, topk_weights, kind=mo.Dispatch.LOCAL, num_local_experts=EXPERTS, ep=alone
+        )
+        rows = run_experts(dispatched.local.rows, dispatched.local.counts, experts)
+        return combine(rows, dispatched, ep=alone)
+
+    return Implementation(run, _mark)
+
+
+def build_stage(path: Path, weights: Weights, group: mo.Group) -> Implementation:
+    """The router and the whole stage, over data parallel ranks that share the experts out."""
+    experts, router = weights.share_of(group), weights.router
+    groups = mo.ParallelGroups(dp=group, ep=group)
+
+    def run(hidden_states: torch.Tensor, mc2_mask: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
+        return mo.moe_stage(
+            hidden_states,
+            F.linear(hidden_states, router),
+            experts,
+            routing=ROUTING,
+            strategy=path.strategy,
+            groups=groups,
+            dispatch=path.dispatch,
+            reduce_results=True,
+            mc2_mask=mc2_mask if path.strategy is mo.Strategy.MC2 else None,
+            max_tokens_across_dp=longest.shape[0],
+            tokens_are_sharded=path.is_sharded,
+        )
+
+    return Implementation(run, _mark_stage)
+
+
+def _mark(batch: Batch) -> Batch:
+    mo.mark_token_axes(*batch)
+    return batch
+
+
+def _mark_stage(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = batch.hidden_states.shape[0]
+    mask = torch.ones(tokens, dtype=torch.bool)
+    mo.mark_token_axes(batch.hidden_states, mask)
+    return batch.hidden_states, mask, mo.token_count(tokens)
+
+
+EXPERTS_ENTRIES = (Entry("moe_ops", build_experts, is_ours=True),)
+STAGE_ENTRIES = tuple(Entry(path.name, partial(build_stage, path), is_ours=True) for path in PATHS)
