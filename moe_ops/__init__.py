@@ -6,6 +6,7 @@ from moe_ops.cost_types import Calibration, LayerShape, Link, Topology
 from moe_ops.dynamic import mark_token_axes, token_count
 from moe_ops.groups import Group, ParallelGroups
 from moe_ops.overlap import interleave
+from moe_ops.packed_experts import prepack_experts
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
 from moe_ops.selection import select_strategy
 from moe_ops.stage import moe_stage, moe_stage_steps
@@ -19,6 +20,7 @@ from moe_ops.types import (
     Routing,
     SharedExperts,
     Strategy,
+    WeightLayout,
 )
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "SharedExperts",
     "Strategy",
     "Topology",
+    "WeightLayout",
     "calibrate",
     "dequantize_activations",
     "dequantize_weights",
@@ -46,6 +49,7 @@ __all__ = [
     "moe_stage",
     "moe_stage_steps",
     "output_reduction",
+    "prepack_experts",
     "prepare",
     "quantize_activations",
     "quantize_weights",

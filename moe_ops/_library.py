@@ -47,4 +47,4 @@ def needs_gradient(tensors: Sequence[torch.Tensor]) -> bool:
 
 def no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
     """The backward of an op that has none: an error is better than a gradient that is missing."""
-    raise RuntimeError("moe_ops: quantised activations and weights have no gradient; use Quant.NONE to differentiate")
+    raise RuntimeError("moe_ops: quantised activations, and quantised or packed weights, have no gradient")

@@ -11,7 +11,7 @@ from fake_impls import experts as shapes
 from fake_impls.checks import FLOATS, check_dtype
 from moe_ops._library import LIB, define
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations
-from moe_ops.types import ExpertWeights, Quant
+from moe_ops.types import ExpertWeights, Quant, WeightLayout
 
 ALIGNMENT = 16  # bytes; F.grouped_mm rejects rows that are no multiple of it
 VECTOR = 32  # elements; a multiple of what one step of a vector loop takes
@@ -81,7 +81,7 @@ def _operand(weight_ENH: torch.Tensor) -> torch.Tensor:
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """`x` with the strides of a new tensor: a size of 0 or 1 counts as contiguous with any, and F.grouped_mm looks at them."""
-    return x.reshape(-1).view(x.shape)
+    return x.contiguous().view(-1).view(x.shape)
 
 
 def _align(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -175,13 +175,15 @@ def run_experts(
         ``[R, H]``, zero past the last group.
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes do not fit each other, or the weights are packed.
         TypeError: a dtype is not supported, or differs from that of the rows.
 
     On a CUDA device, ``F.grouped_mm`` has a kernel for bfloat16; for other dtypes torch reads the groups on the host.
     """
     if scale is not None and (dtype is None or quant is Quant.NONE):
         raise ValueError(f"experts: dtype and quant must be given for quantised rows, got {dtype} and {quant}")
+    if experts.layout is not WeightLayout.PLAIN:
+        raise ValueError(f"experts: experts must have WeightLayout.PLAIN, got {experts.layout}")
     shapes.check_experts(counts, experts.w13, experts.w2)
     dtype = rows.dtype if dtype is None else dtype
     hidden_size = experts.w2.shape[1]

@@ -18,6 +18,7 @@ from moe_ops.dispatchers.local import combine_local, dispatch_local, weigh_input
 from moe_ops.experts import run_experts
 from moe_ops.groups import ParallelGroups
 from moe_ops.overlap import Finish, Result, Steps, Transfer
+from moe_ops.packed_experts import run_packed_experts
 from moe_ops.quantize import quantize_activations
 from moe_ops.route import route
 from moe_ops.shared_experts import add_shared_experts, run_local_part
@@ -32,6 +33,7 @@ from moe_ops.types import (
     SharedExperts,
     State,
     Strategy,
+    WeightLayout,
 )
 
 
@@ -204,17 +206,21 @@ def _run_experts(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """This rank's share of each row that is here: the weighted sum of its own experts' results."""
+    first_expert = layer.groups.ep.rank * layer.num_local_experts
+    if layer.experts.layout is not WeightLayout.PLAIN:
+        rows = hidden_states, topk_ids, topk_weights
+        return run_packed_experts(*rows, layer.experts, first_expert=first_expert, is_weighed=layer.is_weighed)
     local = dispatch_local(
         hidden_states,
         topk_ids,
         topk_weights,
-        first_expert=layer.groups.ep.rank * layer.num_local_experts,
+        first_expert=first_expert,
         num_local_experts=layer.num_local_experts,
         scale=scale,
     )
-    rows = weigh_input(local.rows, local.state) if layer.is_weighed else local.rows
-    rows = run_experts(rows, local.counts, layer.experts, scale=local.scale, quant=layer.quant, dtype=dtype)
-    return combine_local(rows, local.state, is_weighed=layer.is_weighed)
+    x = weigh_input(local.rows, local.state) if layer.is_weighed else local.rows
+    y = run_experts(x, local.counts, layer.experts, scale=local.scale, quant=layer.quant, dtype=dtype)
+    return combine_local(y, local.state, is_weighed=layer.is_weighed)
 
 
 def _with_bias_once(layer: Layer) -> Layer:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moe_ops.types import ExpertWeights, Routing, SharedExperts
+from moe_ops.types import ExpertWeights, Routing, SharedExperts, WeightLayout
 
 
 def route(logits: torch.Tensor, routing: Routing, input_id: int | None = None) -> dict[int, float]:
@@ -81,14 +81,19 @@ def moe_stage(
     Args:
         hidden_states: ``[T, H]``.
         router_logits: ``[T, E]``.
-        all_experts: the weights of all E experts, not quantised.
+        all_experts: the weights of all E experts, not quantised and not packed.
         routing: how experts are chosen. Copies of experts make no difference here.
         input_ids: int ``[T]``, for hash routing.
         shared_experts: all of their weights.
 
     Returns:
         ``[T, H]`` of the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: the experts are packed.
     """
+    if all_experts.layout is not WeightLayout.PLAIN:
+        raise ValueError(f"reference: all_experts must have WeightLayout.PLAIN, got {all_experts.layout}")
     output = torch.zeros(hidden_states.shape, dtype=torch.float64)
     for token, logits in enumerate(router_logits):
         x = hidden_states[token].double()

@@ -11,7 +11,7 @@ from moe_ops.groups import ParallelGroups
 from moe_ops.layer import Ending, Layer, run_exchanged, run_gathered
 from moe_ops.overlap import Steps, at_once
 from moe_ops.strategies import prepare
-from moe_ops.types import Dispatch, ExpertWeights, Quant, Routing, SharedExperts, Strategy
+from moe_ops.types import Dispatch, ExpertWeights, Quant, Routing, SharedExperts, Strategy, WeightLayout
 
 DEFAULT_DISPATCH = {
     Strategy.ALLGATHER: Dispatch.LOCAL,
@@ -127,6 +127,8 @@ def _dispatch_kind(strategy: Strategy, groups: ParallelGroups, dispatch: Dispatc
 def _check(layer: Layer, tokens_are_sharded: bool) -> None:
     groups, routing = layer.groups, layer.routing
     check_choice("moe_stage", "quant", layer.quant, Quant)
+    if layer.experts.layout is not WeightLayout.PLAIN and layer.quant is not Quant.NONE:
+        raise ValueError(f"moe_stage: quant must be NONE with packed experts, got {layer.quant}")
     num_slots = routing.num_experts + routing.num_redundant_experts
     if layer.num_local_experts * groups.ep.size != num_slots:
         raise ValueError(

@@ -136,6 +136,14 @@ class Routing(NamedTuple):
     apply_router_weight_on_input: bool = False
 
 
+class WeightLayout(enum.Enum):
+    """In which order a weight's values lie in memory."""
+
+    PLAIN = "plain"
+    VLLM_CPU = "vllm_cpu"
+    """As vLLM's CPU kernel has packed them: a tensor of the same shape that no other kernel can read."""
+
+
 class ExpertWeights(NamedTuple):
     """Weights of the experts of one rank, in the layout that vLLM and Transformers hold.
 
@@ -148,6 +156,7 @@ class ExpertWeights(NamedTuple):
         w13_scale: scales of quantised `w13`, as `quantize_weights` makes them, or None.
         w2_scale: likewise, of `w2`.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` of the gate, times up; or ``"swigluoai"``.
+        layout: of `w13` and `w2`; `prepack_experts` sets it.
     """
 
     w13: torch.Tensor
@@ -157,6 +166,7 @@ class ExpertWeights(NamedTuple):
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
     activation: str = "silu"
+    layout: WeightLayout = WeightLayout.PLAIN
 
 
 class SharedExperts(NamedTuple):

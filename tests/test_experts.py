@@ -81,7 +81,12 @@ def test_weights_of_any_strides(dtype: torch.dtype, layout: str) -> None:
     if layout == "sliced":
         experts = experts._replace(w13=torch.cat([experts.w13, experts.w13[:, :, :1]], dim=2)[:, :, :8])
     # The order of a product's sum is that of the library for the strides.
-    torch.testing.assert_close(run_experts(rows, counts, experts), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-6 if dtype is torch.float32 else 1e-2)
+    torch.testing.assert_close(
+        run_experts(rows, counts, experts),
+        expected,
+        rtol=2e-2 if dtype != torch.float32 else 1e-5,
+        atol=1e-6 if dtype is torch.float32 else 1e-2,
+    )
 
 
 @pytest.mark.parametrize("quant", FORMATS, ids=lambda q: q.value)

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 import moe_ops as mo
+from moe_ops.backends.vllm_cpu import ALIGNMENT
+
+from .vllm_stand_in import load_kernels
 
 OPS = torch.ops.moe_ops
 TP = 4
@@ -65,7 +69,19 @@ LEAF_CASES: dict[str, Any] = {
     "plan_copies": lambda t: (ids(t), 2, 3, t // 2),
     "pack_copies": lambda t: ([floats(t, H), ids(t)], torch.arange(t * 3).view(t, 3) - 1, 3 * t, [0, -1]),
     "grouped_linear": lambda t: (floats(t, H), torch.tensor([t // 2, 0, t // 3]), floats(3, I, H), floats(3, I)),
+    "grouped_outer": lambda t: (floats(t, H), floats(t, I), torch.tensor([t // 2, 0, t // 3])),
+    "sum_groups": lambda t: (floats(t, H), torch.tensor([t // 2, 0, t // 3])),
+    "spread_rows": lambda t: (floats(t, H), torch.arange(t * K).view(t, K) - 1, t * K + 1),
+    "dot_rows": lambda t: (floats(t * K, H), -floats(t * K, H), torch.arange(t * K).view(t, K) - 1),
+    "vllm_cpu_experts": lambda t: (
+        *(floats(t, ALIGNMENT), ids(t), floats(t, K), 1),
+        *(floats(3, 2 * ALIGNMENT, ALIGNMENT), floats(3, ALIGNMENT, ALIGNMENT), None, None),
+        *("silu", False),
+    ),
 }
+DIFFERENTIABLE = (
+    *("compact_rows", "expand_rows", "route", "permute_by_expert", "unpermute", "weigh_rows", "grouped_linear"),
+)
 COMPOSITE_CASES: dict[str, Any] = {
     "prepare_all2all": lambda t, g: (floats(t, H), floats(t, E), g, TP, 1),
     "finalize_all2all": lambda t, g: (floats(ceil4(t) // TP, H), t, g, TP),
@@ -78,6 +94,7 @@ COMPOSITE_CASES: dict[str, Any] = {
     "finalize_allgather_ep": lambda t, g: (floats(t + 8, H), t, [3, t, 0, 5], g, TP),
     "chunk_tokens": lambda t, g: (ids(t), ceil4(t), TP, 2, -1),
     "dispatch_all_to_all": lambda t, g: ([floats(t, H), ids(t), floats(t, K)], ids(t), [0, -1, 0], 2, g, TP),
+    "start_dispatch_all_to_all": lambda t, g: ([floats(t, H), ids(t), floats(t, K)], ids(t), [0, -1, 0], 2, g, TP),
     "combine_all_to_all": lambda t, g: (floats(t + 3, H), places(t), [1, t, 0, 2], [t, 0, 3, 0], g, TP),
     "dispatch_fixed_capacity": lambda t, g: ([floats(t, H), ids(t), floats(t, K)], ids(t), [0, -1, 0], 2, t, g, TP),
     "combine_fixed_capacity": lambda t, g: (floats(TP * (t + 1), H), places(t), g, TP),
@@ -88,7 +105,17 @@ COMPOSITE_CASES: dict[str, Any] = {
 @pytest.mark.parametrize("num_tokens", COUNTS)
 @pytest.mark.parametrize("op", LEAF_CASES)
 def test_leaf(op: str, num_tokens: int) -> None:
+    load_kernels()
     opcheck(getattr(OPS, op).default, LEAF_CASES[op](num_tokens))
+
+
+@pytest.mark.parametrize("num_tokens", COUNTS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_leaf_with_gradients(op: str, num_tokens: int) -> None:
+    def leaf(x: Any) -> Any:
+        return x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    opcheck(getattr(OPS, op).default, tree_map(leaf, LEAF_CASES[op](num_tokens)))
 
 
 @pytest.mark.parametrize("num_tokens", COUNTS)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from fake_impls.checks import check_dim, check_equal
+from fake_impls.collectives import pack_rows
 from fake_impls.dispatchers.copies import check_plan
 
 
@@ -28,6 +29,19 @@ def dispatch_all_to_all(
     positions = topk_ids.new_empty(topk_ids.shape[0], size, dtype=torch.int64)
     rows = [tensor.new_empty(received, *tensor.shape[1:]) for tensor in tensors]
     return rows, positions, send_splits, receive_splits
+
+
+def start_dispatch_all_to_all(
+    tensors: Sequence[torch.Tensor],
+    topk_ids: torch.Tensor,
+    fill: Sequence[int],
+    num_local_experts: int,
+    group: str,
+    size: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.SymInt], list[torch.SymInt]]:
+    """As `dispatch_all_to_all`, but for the rows, which are ``uint8 [R, B]``, packed and still in flight."""
+    rows, positions, send, receive = dispatch_all_to_all(tensors, topk_ids, fill, num_local_experts, group, size)
+    return pack_rows(rows, rows[0].shape[0], fill), positions, send, receive
 
 
 def combine_all_to_all(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fake_impls.dispatchers import local as shapes
-from moe_ops._library import define
+from moe_ops._library import LIB, define
 
 
 class LocalState(NamedTuple):
@@ -44,6 +44,27 @@ class LocalDispatch(NamedTuple):
 def _permute(
     tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
 ) -> list[torch.Tensor]:
+    rows_R, counts, positions = _order(tensors, topk_ids, first_expert, num_local_experts)
+    return [*(tensor.index_select(0, rows_R) for tensor in tensors), counts, positions]
+
+
+def _permute_on_host(
+    tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
+) -> list[torch.Tensor]:
+    """On a CPU the counts can be read for nothing, and rows of other ranks' experts need not be copied."""
+    rows_R, counts, positions = _order(tensors, topk_ids, first_expert, num_local_experts)
+    num_local, num_all = int(counts.sum()), rows_R.shape[0]
+    permuted = [tensor.new_empty(num_all, *tensor.shape[1:]) for tensor in tensors]
+    for tensor, result in zip(tensors, permuted, strict=True):
+        torch.index_select(tensor, 0, rows_R[:num_local], out=result.narrow(0, 0, num_local))
+        result.narrow(0, num_local, num_all - num_local).zero_()
+    return [*permuted, counts, positions]
+
+
+def _order(
+    tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The row of each place, rows of each local expert, and the place of each choice."""
     shapes.check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     local_R = topk_ids.to(torch.int64).flatten() - first_expert
@@ -53,8 +74,7 @@ def _permute(
     counts = group_R.new_zeros(num_local_experts + 1).scatter_add_(0, group_R, torch.ones_like(group_R))
     positions_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
     positions = torch.where(is_local_R, positions_R, -1).view(num_rows, top_k)
-    rows_R = order_R // top_k
-    return [*(tensor.index_select(0, rows_R) for tensor in tensors), counts[:num_local_experts].clone(), positions]
+    return order_R // top_k, counts[:num_local_experts].clone(), positions
 
 
 def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
@@ -67,6 +87,27 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
         if weights is not None:
             rows_NH *= weights[:, choice].unsqueeze(1)
         total_NH += torch.where(positions_N.unsqueeze(1) >= 0, rows_NH, 0.0)  # other rows may hold NaN
+    return total_NH.to(rows.dtype)
+
+
+def _unpermute_on_host(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    """The same sums in the same order; but only rows that a choice went to are read."""
+    shapes.check_unpermute(rows, weights, positions)
+    total_NH = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
+    if not rows.shape[0]:
+        return total_NH.to(rows.dtype)
+    for choice, positions_N in enumerate(positions.unbind(1)):
+        is_there_N = positions_N >= 0
+        is_whole = bool(is_there_N.all())
+        chosen = positions_N if is_whole else positions_N[is_there_N]
+        rows_CH = rows.index_select(0, chosen).to(torch.float32)
+        if weights is not None:
+            weights_N = weights[:, choice]
+            rows_CH *= (weights_N if is_whole else weights_N[is_there_N]).unsqueeze(1)
+        if is_whole:
+            total_NH += rows_CH
+        else:
+            total_NH.index_add_(0, is_there_N.nonzero().squeeze(1), rows_CH)
     return total_NH.to(rows.dtype)
 
 
@@ -103,9 +144,16 @@ def _keep_permutation(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tens
     ctx.mark_non_differentiable(*(x for x in output if not x.is_floating_point()))
 
 
+def _as_matrix(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+
+
 def _permute_backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     (positions,) = ctx.saved_tensors
-    return [unpermute(grad, None, positions) for grad in grads[:-2]], None, None, None
+    summed = [
+        unpermute(_as_matrix(grad), None, positions).view(positions.shape[0], *grad.shape[1:]) for grad in grads[:-2]
+    ]
+    return summed, None, None, None
 
 
 def _keep_weighed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -149,6 +197,8 @@ weigh_rows = define(
     backward=_weigh_backward,
     setup_context=_keep_weighed,
 )
+LIB.impl("permute_by_expert", _permute_on_host, "CPU")
+LIB.impl("unpermute", _unpermute_on_host, "CPU")
 spread_rows = define(
     "spread_rows(Tensor x, Tensor positions, SymInt rows) -> Tensor", kernel=_spread_rows, fake=shapes.spread_rows
 )

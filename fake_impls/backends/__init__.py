@@ -1,0 +1,1 @@
+"""Shapes of the ops that call other libraries' kernels."""

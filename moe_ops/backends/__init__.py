@@ -1,0 +1,1 @@
+"""Kernels of other libraries, imported only when they are asked for."""

@@ -1,0 +1,94 @@
+"""The experts through the CPU kernel of vLLM (``cpu_fused_moe``), on weights that it has packed.
+
+One kernel groups the rows by expert, streams each expert's weights once and sums the results; at decode memory is its limit.
+Source: ``vllm/_custom_ops.py`` (``cpu_prepack_moe_weight``, ``cpu_fused_moe``) of vLLM 0.32,
+https://github.com/vllm-project/vllm.
+
+N rows, K top-k, H hidden, I intermediate, E experts of this rank, P pairs of a row and one of its experts.
+"""
+
+import torch
+
+from fake_impls.backends import vllm_cpu as shapes
+from moe_ops._library import define, no_gradient
+
+ISA = "vec"
+"""The portable form of the kernel, which vLLM has for every x86 processor and all three dtypes."""
+
+ALIGNMENT = 32
+"""H and I are multiples of it."""
+
+
+def _experts(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    first_expert: int,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    activation: str,
+    is_weighed: bool,
+) -> torch.Tensor:
+    weights = w13, w2, w13_bias, w2_bias
+    output_NH = shapes.vllm_cpu_experts(
+        hidden_states, topk_ids, topk_weights, first_expert, *weights, activation, is_weighed
+    )
+    local_NK = topk_ids.to(torch.int32) - first_expert
+    is_local_NK = (topk_ids >= 0) & (local_NK >= 0) & (local_NK < w13.shape[0])
+    if not is_weighed and bool(is_local_NK.all()):
+        _call(output_NH, hidden_states, weights, topk_weights, local_NK, activation)
+        return output_NH
+    # The kernel takes no id that is not an expert's, and weighs no input: so one row for each pair that is of this rank.
+    row_P, choice_P = is_local_NK.nonzero(as_tuple=True)
+    weights_P1 = topk_weights[row_P, choice_P].unsqueeze(1)
+    rows_PH = hidden_states.index_select(0, row_P)
+    if is_weighed:
+        rows_PH = (rows_PH.to(torch.float32) * weights_P1).to(rows_PH.dtype)
+    results_PH, ids_P1 = torch.empty_like(rows_PH), local_NK[row_P, choice_P].unsqueeze(1)
+    _call(results_PH, rows_PH, weights, torch.ones_like(weights_P1), ids_P1, activation)
+    weighed_PH = results_PH.to(torch.float32)
+    if not is_weighed:
+        weighed_PH *= weights_P1
+    total_NH = torch.zeros(output_NH.shape, dtype=torch.float32).index_add_(0, row_P, weighed_PH)
+    return output_NH.copy_(total_NH)
+
+
+def _call(
+    output: torch.Tensor,
+    rows: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+) -> None:
+    if rows.shape[0]:
+        contiguous = rows.contiguous(), *weights, topk_weights.contiguous(), topk_ids.contiguous()
+        torch.ops._C.cpu_fused_moe(output, *contiguous, False, activation, ISA)
+
+
+vllm_cpu_experts = define(
+    "vllm_cpu_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, SymInt first_expert, Tensor w13, Tensor w2,"
+    " Tensor? w13_bias, Tensor? w2_bias, str activation, bool is_weighed) -> Tensor",
+    kernel=_experts,
+    fake=shapes.vllm_cpu_experts,
+    backward=no_gradient,
+)
+
+
+def load() -> bool:
+    """Load vLLM's CPU kernels; whether they are there."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        return False
+    current_platform.import_kernels()
+    return hasattr(torch.ops._C, "cpu_fused_moe")
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``[E, N, K]`` in the kernel's order: a tensor of the same shape and dtype."""
+    packed = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    torch.ops._C.prepack_moe_weight(weight.contiguous(), packed, ISA)
+    return packed

@@ -1,0 +1,128 @@
+"""Experts through vLLM's CPU kernel: the real one where vLLM is installed, else a stand-in with its schema."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import moe_ops as mo
+from moe_ops.packed_experts import pack_for_vllm, run_packed_experts, why_not_vllm
+
+from .oracle import dense_moe
+from .problems import E, Problem, expected_of, make_inputs, make_stage, own_experts
+from .ranks import RankPool
+from .vllm_stand_in import load_kernels
+
+SIZES = {"hidden_size": 64, "intermediate": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    load_kernels()
+
+
+def draw_experts(dtype: torch.dtype, activation: str, has_bias: bool) -> mo.ExpertWeights:
+    return Problem("all2all", dtype=dtype, activation=activation, has_bias=has_bias, **SIZES).experts()
+
+
+@given(
+    rows=st.sampled_from([0, 1, 2, 7, 33]),
+    top_k=st.sampled_from([1, 2, 4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    activation=st.sampled_from(["silu", "gelu", "gelu_tanh", "swigluoai"]),
+    has_bias=st.booleans(),
+    choices=st.sampled_from(["all", "some", "none", "one"]),
+    is_weighed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=150)
+def test_they_agree_with_the_oracle(
+    rows: int,
+    top_k: int,
+    dtype: torch.dtype,
+    activation: str,
+    has_bias: bool,
+    choices: str,
+    is_weighed: bool,
+    seed: int,
+) -> None:
+    """Experts of this rank are 3 to 10 of the layer; what goes elsewhere, or nowhere, counts nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = draw_experts(dtype, activation, has_bias)
+    x = torch.randn(rows, 64, generator=generator).to(dtype)
+    low, high = {"all": (3, 11), "some": (-1, 15), "none": (-1, 3), "one": (5, 6)}[choices]
+    ids = torch.stack(
+        [torch.randperm(max(high - low, top_k), generator=generator)[:top_k] + low for _ in range(rows)]
+        or [torch.empty(top_k, dtype=torch.int64)]
+    )[:rows]
+    if choices == "one":
+        ids = torch.where(ids == 5, 5, -1)
+    if choices == "none":
+        ids = torch.where(ids < 3, ids, -1)
+    weights = torch.rand(rows, top_k, generator=generator)
+    routed_nowhere = ~((ids >= 3) & (ids < 11)).any(1)
+    x[routed_nowhere] = torch.nan
+    found = run_packed_experts(x, ids.int(), weights, pack_for_vllm(experts), first_expert=3, is_weighed=is_weighed)
+    expected = torch.zeros(rows, 64, dtype=torch.float64)
+    for row in range(rows):
+        for choice in range(top_k):
+            expert, weight = int(ids[row, choice]) - 3, weights[row, choice]
+            if 0 <= expert < E:
+                one = experts._replace(
+                    **{
+                        name: None if getattr(experts, name) is None else getattr(experts, name)[expert : expert + 1]
+                        for name in ("w13", "w2", "w13_bias", "w2_bias")
+                    }
+                )
+                row_in = (x[row] * weight).to(dtype) if is_weighed else x[row]
+                y = dense_moe(row_in[None], torch.zeros(1, 1), one, mo.Routing(1, 1))[0]
+                expected[row] += y if is_weighed else y * weight
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}[dtype]
+    assert found.dtype == dtype
+    assert not rows or (found.double() - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)
+
+
+def run_packed(rank: int, problem: Problem, is_compiled: bool) -> torch.Tensor:
+    load_kernels()
+    stage: Any = make_stage(rank, problem, pack_for_vllm(own_experts(problem, rank)))
+    if is_compiled:
+        torch._dynamo.reset()
+        stage = torch.compile(stage, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        return stage(make_inputs(rank, problem))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("form", ["all2all", "mc2", "allgather-dp", "allgather-ep"])
+def test_the_whole_stage_on_packed_weights(ranks4: RankPool, form: str, is_compiled: bool) -> None:
+    problem = Problem(form, counts=(3, 0, 5, 2), has_bias=True, **SIZES)
+    for rank, found in enumerate(ranks4.run(run_packed, problem, is_compiled)):
+        torch.testing.assert_close(found.double(), expected_of(problem, rank), rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_left_as_it_is() -> None:
+    plain = draw_experts(torch.float32, "silu", False)
+    packed = mo.prepack_experts(plain)
+    assert packed.layout is mo.WeightLayout.VLLM_CPU
+    assert mo.prepack_experts(packed) is packed
+    quantised = plain._replace(w13=plain.w13.to(torch.int8), w2=plain.w2.to(torch.int8))
+    odd = plain._replace(w2=plain.w2[:, :, :31])
+    for experts, reason in ((quantised, "torch.int8"), (odd, "multiples of 32")):
+        assert mo.prepack_experts(experts) is experts
+        assert reason in str(why_not_vllm(experts))
+        with pytest.raises(ValueError, match=reason):
+            pack_for_vllm(experts)
+
+
+def test_packed_weights_are_refused_where_nothing_can_read_them() -> None:
+    packed = pack_for_vllm(draw_experts(torch.float32, "silu", False))
+    x, logits = torch.randn(3, 64), torch.randn(3, E)
+    stage = {"routing": mo.Routing(2, E), "strategy": mo.Strategy.ALL2ALL, "groups": mo.ParallelGroups()}
+    with pytest.raises(ValueError, match=r"quant must be NONE with packed experts"):
+        mo.moe_stage(x, logits, packed, quant=mo.Quant.W8A8, **stage)
+    with pytest.raises(ValueError, match=r"experts must have WeightLayout\.PLAIN"):
+        mo.reference.moe_stage(x, logits, packed, routing=stage["routing"])
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        mo.moe_stage(x.requires_grad_(), logits, packed, **stage).sum().backward()
