@@ -1,6 +1,6 @@
 """What this library enters: a name and a builder for each way to run the experts, and the whole stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from benchmarks.contest import Entry, Implementation
 from benchmarks.layer import EXPERTS, ROUTING, Batch, Weights
 from moe_ops.dispatchers import combine, dispatch
 from moe_ops.experts import run_experts
+from moe_ops.packed_experts import pack_for_vllm, run_packed_experts
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Path:
     strategy: mo.Strategy
     dispatch: mo.Dispatch
     is_sharded: bool = False
+    is_packed: bool = False
 
 
 PATHS = (
@@ -30,6 +32,9 @@ PATHS = (
     Path("MC2, FIXED_CAPACITY", mo.Strategy.MC2, mo.Dispatch.FIXED_CAPACITY),
     Path("ALLGATHER DP", mo.Strategy.ALLGATHER, mo.Dispatch.LOCAL),
     Path("ALLGATHER EP", mo.Strategy.ALLGATHER, mo.Dispatch.LOCAL, is_sharded=True),
+)
+PACKED_PATHS = tuple(
+    replace(path, name=f"{path.name}, packed weights", is_packed=True) for path in (PATHS[0], PATHS[3], PATHS[4])
 )
 
 
@@ -47,9 +52,21 @@ def build_experts(weights: Weights, _: mo.Group) -> Implementation:
     return Implementation(run, _mark)
 
 
+def build_packed_experts(weights: Weights, _: mo.Group) -> Implementation:
+    """The same through vLLM's kernel, which groups the rows itself."""
+    experts = pack_for_vllm(mo.ExpertWeights(weights.w13, weights.w2))
+
+    def run(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states, topk_ids, topk_weights
+        return run_packed_experts(*rows, experts, first_expert=0, is_weighed=False)
+
+    return Implementation(run, _mark)
+
+
 def build_stage(path: Path, weights: Weights, group: mo.Group) -> Implementation:
     """The router and the whole stage, over data parallel ranks that share the experts out."""
     experts, router = weights.share_of(group), weights.router
+    experts = pack_for_vllm(experts) if path.is_packed else experts
     groups = mo.ParallelGroups(dp=group, ep=group)
 
     def run(hidden_states: torch.Tensor, mc2_mask: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
@@ -82,5 +99,11 @@ def _mark_stage(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return batch.hidden_states, mask, mo.token_count(tokens)
 
 
-EXPERTS_ENTRIES = (Entry("moe_ops", build_experts, is_ours=True),)
-STAGE_ENTRIES = tuple(Entry(path.name, partial(build_stage, path), is_ours=True) for path in PATHS)
+EXPERTS_ENTRIES = (
+    Entry("moe_ops", build_experts, is_ours=True),
+    Entry("moe_ops, packed weights", build_packed_experts, requires="vllm", is_ours=True),
+)
+STAGE_ENTRIES = (
+    *(Entry(path.name, partial(build_stage, path), is_ours=True) for path in PATHS),
+    *(Entry(path.name, partial(build_stage, path), requires="vllm", is_ours=True) for path in PACKED_PATHS),
+)

@@ -37,19 +37,18 @@ def _grouped_linear(
 def _grouped_linear_on_host(
     rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """On a CPU the counts can be read for nothing: a product for each expert that has rows, each into its place."""
+    """On a CPU the counts can be read for nothing, and rows past the last group be left out."""
     shapes.check_grouped_linear(rows, counts, weight, bias)
-    result_RN = rows.new_empty(rows.shape[0], weight.shape[1])
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            x, y = rows.narrow(0, start, count), result_RN.narrow(0, start, count)
-            if bias is None:
-                torch.mm(x, weight[expert].t(), out=y)
-            else:
-                torch.addmm(bias[expert], x, weight[expert].t(), out=y)
-            start += count
-    result_RN.narrow(0, start, rows.shape[0] - start).zero_()
+    num_rows, outputs, used = rows.shape[0], weight.shape[1], int(counts.sum())
+    ends_E = counts.cumsum(0, dtype=torch.int32)
+    result_UN = F.grouped_mm(_dense(_align(rows[:used], 1)), _operand(weight), offs=ends_E)
+    if bias is not None:
+        result_UN[:, :outputs] += bias.repeat_interleave(counts, dim=0)
+    if result_UN.shape == (num_rows, outputs):
+        return result_UN
+    result_RN = rows.new_empty(num_rows, outputs)
+    result_RN[:used] = result_UN[:, :outputs]
+    result_RN[used:] = 0
     return result_RN
 
 

@@ -35,12 +35,16 @@ def _experts(
     output_NH = shapes.vllm_cpu_experts(
         hidden_states, topk_ids, topk_weights, first_expert, *weights, activation, is_weighed
     )
-    local_NK = topk_ids.to(torch.int32) - first_expert
-    is_local_NK = (topk_ids >= 0) & (local_NK >= 0) & (local_NK < w13.shape[0])
-    if not is_weighed and bool(is_local_NK.all()):
+    end = first_expert + w13.shape[0]
+    local_NK = topk_ids.to(torch.int32)
+    local_NK = local_NK - first_expert if first_expert else local_NK
+    if not topk_ids.numel():
+        return output_NH.zero_()
+    if not is_weighed and first_expert <= int(topk_ids.min()) and int(topk_ids.max()) < end:
         _call(output_NH, hidden_states, weights, topk_weights, local_NK, activation)
         return output_NH
     # The kernel takes no id that is not an expert's, and weighs no input: so one row for each pair that is of this rank.
+    is_local_NK = (topk_ids >= 0) & (topk_ids >= first_expert) & (topk_ids < end)
     row_P, choice_P = is_local_NK.nonzero(as_tuple=True)
     weights_P1 = topk_weights[row_P, choice_P].unsqueeze(1)
     rows_PH = hidden_states.index_select(0, row_P)
