@@ -23,6 +23,7 @@ class Path:
     dispatch: mo.Dispatch
     is_sharded: bool = False
     is_packed: bool = False
+    is_float32: bool = False
 
 
 PATHS = (
@@ -36,11 +37,15 @@ PATHS = (
 PACKED_PATHS = tuple(
     replace(path, name=f"{path.name}, packed weights", is_packed=True) for path in (PATHS[0], PATHS[3], PATHS[4])
 )
+FLOAT32_PATHS = tuple(
+    replace(path, name=f"{path.name}, float32 weights", is_float32=True) for path in (PATHS[0], PATHS[3], PATHS[4])
+)
 
 
-def build_experts(weights: Weights, _: mo.Group) -> Implementation:
+def build_experts(weights: Weights, _: mo.Group, is_float32: bool = False) -> Implementation:
     """Local dispatch, experts, combine."""
-    experts, alone = mo.ExpertWeights(weights.w13, weights.w2), mo.Group.single()
+    w13, w2 = (weight.float() if is_float32 else weight for weight in (weights.w13, weights.w2))
+    experts, alone = mo.ExpertWeights(w13, w2), mo.Group.single()
 
     def run(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         dispatched = dispatch(
@@ -67,6 +72,7 @@ def build_stage(path: Path, weights: Weights, group: mo.Group) -> Implementation
     """The router and the whole stage, over data parallel ranks that share the experts out."""
     experts, router = weights.share_of(group), weights.router
     experts = pack_for_vllm(experts) if path.is_packed else experts
+    experts = experts._replace(w13=experts.w13.float(), w2=experts.w2.float()) if path.is_float32 else experts
     groups = mo.ParallelGroups(dp=group, ep=group)
 
     def run(hidden_states: torch.Tensor, mc2_mask: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
@@ -102,8 +108,10 @@ def _mark_stage(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 EXPERTS_ENTRIES = (
     Entry("moe_ops", build_experts, is_ours=True),
     Entry("moe_ops, packed weights", build_packed_experts, requires="vllm", is_ours=True),
+    Entry("moe_ops, float32 weights", partial(build_experts, is_float32=True), is_ours=True),
 )
 STAGE_ENTRIES = (
     *(Entry(path.name, partial(build_stage, path), is_ours=True) for path in PATHS),
     *(Entry(path.name, partial(build_stage, path), requires="vllm", is_ours=True) for path in PACKED_PATHS),
+    *(Entry(path.name, partial(build_stage, path), is_ours=True) for path in FLOAT32_PATHS),
 )

@@ -165,7 +165,8 @@ def run_experts(
         rows: ``[R, H]`` float32, bfloat16 or float16, or quantised; grouped by expert; rows past the last group may hold
             anything.
         counts: int64 ``[E]``, rows of each group, on the device of the rows; no more than R together, which is not checked.
-        experts: w13 ``[E, 2 * I, H]``, w2 ``[E, H, I]``, of the dtype of the rows or quantised.
+        experts: w13 ``[E, 2 * I, H]``, w2 ``[E, H, I]``, of the dtype of the rows, float32 or quantised. With float32 weights
+            the products are float32 whatever the rows are: for twice the memory, faster at prefill on a CPU without AMX.
         scale: scales of `rows`, if they are quantised.
         quant: what is done to activations.
         dtype: of the result; None: that of `rows`. Needed with `scale`.
@@ -187,13 +188,14 @@ def run_experts(
     dtype = rows.dtype if dtype is None else dtype
     hidden_size = experts.w2.shape[1]
     is_quantized = quant is not Quant.NONE or experts.w13_scale is not None or experts.w2_scale is not None
+    is_float32 = is_quantized or experts.w13.dtype is torch.float32
     x = _values(rows, scale, quant, hidden_size)
     w13 = _weight("w13", experts.w13, experts.w13_scale, hidden_size, is_quantized)
-    x = x.to(torch.float32) if is_quantized else x
-    inner = activate(grouped_linear(x, counts, w13, _bias(experts.w13_bias, is_quantized)), experts.activation)
+    x = x.to(torch.float32) if is_float32 else x
+    inner = activate(grouped_linear(x, counts, w13, _bias(experts.w13_bias, is_float32)), experts.activation)
     w2 = _weight("w2", experts.w2, experts.w2_scale, inner.shape[1], is_quantized)
     inner = _values(inner, None, quant, inner.shape[1])
-    output = grouped_linear(inner, counts, w2, _bias(experts.w2_bias, is_quantized))
+    output = grouped_linear(inner, counts, w2, _bias(experts.w2_bias, is_float32))
     result: torch.Tensor = output.to(dtype)
     return result
 
@@ -216,5 +218,5 @@ def _weight(
     return weight.to(torch.float32) if is_quantized else weight
 
 
-def _bias(bias: torch.Tensor | None, is_quantized: bool) -> torch.Tensor | None:
-    return bias.to(torch.float32) if is_quantized and bias is not None else bias
+def _bias(bias: torch.Tensor | None, is_float32: bool) -> torch.Tensor | None:
+    return bias.to(torch.float32) if is_float32 and bias is not None else bias

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fake_impls import quantize as shapes
 from fake_impls.checks import FLOATS, check_choice, check_dim, check_dtype
 from fake_impls.quantize import BLOCK
-from moe_ops._library import define, no_gradient
+from moe_ops._library import define, needs_gradient, no_gradient
 from moe_ops.types import Quant
 
 INT8_MAX, INT4_MAX = 127, 7
@@ -164,10 +164,16 @@ def quantize_activations(hidden_states: torch.Tensor, *, quant: Quant) -> tuple[
     Raises:
         ValueError: `hidden_states` is not 2-D, or `quant` is ``Quant.NONE``.
         TypeError: its dtype is another.
+        RuntimeError: autograd records what is done to `hidden_states`: quantised values have no gradient.
 
     Source: OCP Microscaling Formats (MX) Specification v1.0; the module's docstring says how blocks that hold zeros, infinities
     or NaN are quantised.
     """
+    if needs_gradient([hidden_states]):
+        raise RuntimeError(
+            "quantize_activations: hidden_states must not require a gradient, for quantised values have none: "
+            "use torch.no_grad(), or Quant.NONE"
+        )
     quantized, scale = _QUANTIZE[_format("quantize_activations", quant)](hidden_states)
     return quantized, scale
 
@@ -236,7 +242,7 @@ def quantize_weights(weight: torch.Tensor, *, quant: Quant) -> tuple[torch.Tenso
         low, high = F.pad(rounded, (0, flat.shape[1] % 2)).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
         quantized, scale = (low & 0xF) | (high << 4), step.squeeze(1)
     else:
-        quantized, scale = quantize_activations(flat, quant=quant)
+        quantized, scale = quantize_activations(flat.detach(), quant=quant)
     leading = weight.shape[:2]
     return quantized.view(*leading, quantized.shape[1]), scale.view(*leading, *scale.shape[1:])
 

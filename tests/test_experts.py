@@ -187,6 +187,15 @@ def test_bad_input_names_the_argument(changed: dict[str, Any], kind: type[Except
         run_experts(torch.zeros(3, 4), torch.tensor([1, 2]), experts)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weights_take_rows_of_any_dtype(dtype: torch.dtype) -> None:
+    experts = draw_experts(3, 8, 4, "silu", True)
+    rows, counts = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor([1, 0, 4])
+    found = run_experts(rows, counts, experts)
+    assert found.dtype == dtype
+    assert torch.equal(found, run_experts(rows.float(), counts, experts).to(dtype))
+
+
 def test_shared_experts_must_fit_the_tokens() -> None:
     shared = mo.SharedExperts(torch.zeros(6, 4), torch.zeros(4, 3), is_tp_sharded=False)
     x, groups = torch.zeros(2, 4), mo.ParallelGroups()

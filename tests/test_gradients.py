@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_ops as mo
+from moe_ops.route import route
+from moe_ops.traffic import count_traffic
 
 from .oracle import dense_moe
 from .problems import FORMS, E, Problem, groups_for, make_inputs, make_stage, own_experts, own_shared, problems
@@ -202,3 +204,105 @@ def test_forward_and_backward_are_one_graph_for_all_counts(
     assert [graphs for _, graphs in answers] == [int(is_compiled(rank, problem)) for rank in range(4)]
     for index, counts in enumerate(all_counts):
         check(problem._replace(counts=counts), [results[index] for results, _ in answers], 1e-4)
+
+
+def positions(rows: int, k: int) -> torch.Tensor:
+    return torch.arange(rows * k).view(rows, k) - 1  # the first choice goes nowhere
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+COUNTS = torch.tensor([2, 0, 3])
+LEAVES = {
+    "permute_by_expert": lambda x: OPS.permute_by_expert([x], torch.tensor([[0, 2], [-1, 1], [1, 1]]), 1, 2)[0],
+    "unpermute": lambda x, w: OPS.unpermute(x, w, positions(3, 2)),
+    "unpermute unweighted": lambda x: OPS.unpermute(x, None, positions(3, 2)),
+    "weigh_rows": lambda x, w: OPS.weigh_rows(x, w, positions(3, 2)),
+    "grouped_linear": lambda x, w, b: OPS.grouped_linear(x, COUNTS, w, b),
+    "compact_rows": lambda x: OPS.compact_rows(x, [1, 3]),
+    "expand_rows": lambda x: OPS.expand_rows(x, [4, 2]),
+}
+INPUTS = {
+    "permute_by_expert": [draw(3, 4)],
+    "unpermute": [draw(6, 4), draw(3, 2)],
+    "unpermute unweighted": [draw(6, 4)],
+    "weigh_rows": [draw(6, 4), draw(3, 2)],
+    "grouped_linear": [draw(6, 4), draw(3, 5, 4), draw(3, 5)],
+    "compact_rows": [draw(6, 4)],
+    "expand_rows": [draw(6, 4)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Input .* is not a double precision:UserWarning")
+@pytest.mark.parametrize("op", LEAVES)
+def test_gradcheck(op: str) -> None:
+    """In float32, the widest dtype that they have. All are linear in each argument: a wide step costs no accuracy."""
+    assert torch.autograd.gradcheck(LEAVES[op], INPUTS[op], eps=0.25, atol=1e-4, rtol=1e-4, nondet_tol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Input .* is not a double precision:UserWarning")
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_gradcheck_of_route(scoring: str, renormalize: bool) -> None:
+    routing = mo.Routing(2, 5, scoring=scoring, renormalize=renormalize, routed_scaling_factor=2.5)
+    is_active = torch.tensor([True, False, True])
+    logits = torch.tensor([[0.0, 3, 1, -2, -1], [4, 0, 1, 2, 3], [-2, -1, 2, 0, 1]]).requires_grad_()
+
+    def weights_of(logits: torch.Tensor) -> torch.Tensor:
+        return route(logits, routing, is_active=is_active)[0]
+
+    assert torch.autograd.gradcheck(weights_of, [logits], eps=1e-2, atol=2e-3, rtol=2e-3)
+
+
+def test_rows_that_are_not_used_may_hold_nan() -> None:
+    x, w = draw(6, 4), draw(3, 5, 4)
+    with torch.no_grad():
+        x[5] = torch.nan  # past the last group
+    OPS.grouped_linear(x, COUNTS, w, None).sum().backward()
+    assert w.grad.isfinite().all()
+    assert torch.equal(x.grad[5], torch.zeros(4))
+
+
+@pytest.mark.parametrize("quant", [mo.Quant.W8A8, mo.Quant.MXFP8, mo.Quant.MXFP4], ids=lambda quant: quant.value)
+def test_quantised_activations_have_no_gradient_and_say_so(quant: mo.Quant) -> None:
+    x, logits = draw(3, 8), draw(3, E)
+    experts = Problem("all2all").experts()
+    stage = {"routing": mo.Routing(2, E), "strategy": mo.Strategy.ALL2ALL, "groups": mo.ParallelGroups()}
+    with pytest.raises(RuntimeError, match="hidden_states must not require a gradient, for quantised values have none"):
+        mo.moe_stage(x, logits, experts, quant=quant, **stage)
+    with torch.no_grad():
+        assert mo.moe_stage(x, logits, experts, quant=quant, **stage).shape == x.shape
+
+
+def test_tokens_have_a_gradient_through_quantised_weights() -> None:
+    problem = Problem("all2all", weight_quant=mo.Quant.W8A8)
+    x, logits = draw(3, 8), draw(3, E)
+    stage = {"routing": mo.Routing(2, E), "strategy": mo.Strategy.ALL2ALL, "groups": mo.ParallelGroups()}
+    mo.moe_stage(x, logits, problem.quantized_experts(), **stage).sum().backward()
+    wanted = x.detach().double().requires_grad_()
+    dense_moe(wanted, logits.detach(), problem.rounded_experts(), stage["routing"]).sum().backward()
+    torch.testing.assert_close(x.grad.double(), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def run_gather_backward(rank: int, problem: Problem) -> tuple[Any, Any]:
+    """Collectives of the forward and the backward."""
+    experts, _ = own_leaves(rank, problem)
+    inputs = make_inputs(rank, problem)
+    inputs.hidden.requires_grad_()
+    outputs: list[torch.Tensor] = []
+    forward = count_traffic(lambda: outputs.append(make_stage(rank, problem, experts)(inputs)))
+    return forward, count_traffic(lambda: outputs[0].sum().backward())
+
+
+@pytest.mark.parametrize(
+    ("form", "collectives"), [("allgather-dp", 2), ("allgather-ep", 2), ("all2all", 2), ("mc2", 2)]
+)
+def test_the_backward_sends_one_collective_for_each_of_the_forward(
+    ranks4: RankPool, form: str, collectives: int
+) -> None:
+    """But for the counts of the ragged exchange, which are known by then."""
+    for forward, backward in ranks4.run(run_gather_backward, Problem(form, layout=(4, 1, 1))):
+        assert backward.collectives == collectives
+        assert forward.collectives == collectives + (form == "all2all")

@@ -57,7 +57,7 @@ def _permute_on_host(
     permuted = [tensor.new_empty(num_all, *tensor.shape[1:]) for tensor in tensors]
     for tensor, result in zip(tensors, permuted, strict=True):
         torch.index_select(tensor, 0, rows_R[:num_local], out=result.narrow(0, 0, num_local))
-        result.narrow(0, num_local, num_all - num_local).zero_()
+        result.narrow(0, num_local, num_all - num_local).view(torch.uint8).zero_()  # some dtypes have no fill
     return [*permuted, counts, positions]
 
 
