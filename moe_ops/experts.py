@@ -63,6 +63,16 @@ def _grouped_outer(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> to
     return outer_ENH.copy_(torch.where(filled_E11, product[:, : a.shape[1], : b.shape[1]], 0))
 
 
+def _grouped_outer_on_host(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """On a CPU the product of no rows is zero, and needs no selection."""
+    outer_ENH = shapes.grouped_outer(a, b, counts)
+    if not a.shape[0]:
+        return outer_ENH.zero_()
+    aligned_a, aligned_b = _dense(_align(a, 1)), _dense(_align(b, 1))
+    product = F.grouped_mm(aligned_a.t(), aligned_b, offs=counts.cumsum(0, dtype=torch.int32))
+    return product if product.shape == outer_ENH.shape else outer_ENH.copy_(product[:, : a.shape[1], : b.shape[1]])
+
+
 def _sum_groups(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     sums_EN = shapes.sum_groups(x, counts)
     row_R = torch.arange(x.shape[0], device=x.device)
@@ -115,6 +125,7 @@ LIB.impl("grouped_linear", _grouped_linear_on_host, "CPU")
 grouped_outer = define(
     "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor", kernel=_grouped_outer, fake=shapes.grouped_outer
 )
+LIB.impl("grouped_outer", _grouped_outer_on_host, "CPU")
 sum_groups = define("sum_groups(Tensor x, Tensor counts) -> Tensor", kernel=_sum_groups, fake=shapes.sum_groups)
 
 

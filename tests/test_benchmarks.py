@@ -35,7 +35,8 @@ def test_a_contest_checks_values(dtype):
 
 def test_a_missing_package_leaves_an_entry_out():
     assert not contest.Entry("none", ours.build_experts, requires="no_such_package").is_available
-    assert all(entry.is_available for entry in ours.EXPERTS_ENTRIES + ours.STAGE_ENTRIES)
+    entries = ours.EXPERTS_ENTRIES + ours.STAGE_ENTRIES
+    assert all(entry.is_available for entry in entries if entry.requires != "vllm")
 
 
 def test_text_stands_where_there_is_no_number(tmp_path):

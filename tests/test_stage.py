@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_ops as mo
 from moe_ops import Dispatch, Strategy
@@ -16,7 +17,7 @@ from moe_ops.route import route
 from moe_ops.strategies import active_rows
 
 from .oracle import dense_moe
-from .problems import FORMS, E, Problem, expected_of, own_experts, problems, run_compiled, run_stage
+from .problems import FORMS, E, Problem, expected_of, make_inputs, own_experts, problems, run_compiled, run_stage
 from .ranks import RankPool, coordinates, groups_of
 from .simulated import local, simulated_world
 
@@ -317,3 +318,31 @@ def test_simulated_ranks_agree_with_the_oracle(form: str, layout: tuple[int, int
         for rank in range(world.size):
             expected = expected_of(problem, rank)
             torch.testing.assert_close(local(result, rank).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def run_layers(rank: int, problem: Problem, layers: int) -> tuple[list[torch.Tensor], int]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    groups = groups_of(*problem.layout)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def layer(x: torch.Tensor, logits: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        experts = mo.ExpertWeights(w13, w2)
+        return mo.moe_stage(x, logits, experts, routing=problem.routing, strategy=Strategy.ALL2ALL, groups=groups)
+
+    results = []
+    with torch.no_grad():
+        for seed in range(layers):
+            inputs, experts = make_inputs(rank, problem), own_experts(problem._replace(seed=seed), rank)
+            results.append(layer(inputs.hidden, inputs.logits, experts.w13, experts.w2))
+    return results, counter.frame_count
+
+
+def test_48_layers_of_the_same_shape_compile_once(ranks4: RankPool) -> None:
+    problem = Problem("all2all", layout=(4, 1, 1))
+    for rank, (results, graphs) in enumerate(ranks4.run(run_layers, problem, 48)):
+        assert graphs == 1
+        hidden, logits, _ = problem.tokens(rank)
+        for seed in (0, 47):
+            expected = dense_moe(hidden, logits, problem._replace(seed=seed).experts(), problem.routing)
+            torch.testing.assert_close(results[seed].double(), expected, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from benchmarks.layer import HIDDEN, INTERMEDIATE, TOP_K, Batch, Weights
 
 def build_experts(weights: Weights, _: mo.Group) -> Implementation:
     """Its ``RoutedExperts`` without expert parallelism; the counts that its layer passes in are part of it."""
-    routed = _make_layer(weights, mo.Group.single()).routed_experts
+    routed = make_layer(weights, mo.Group.single()).routed_experts
 
     def run(x_BLD: torch.Tensor, ids_BLK: torch.Tensor, scores_BLK: torch.Tensor) -> torch.Tensor:
         chosen_BLE = torch.zeros(*x_BLD.shape[:2], NUM_EXPERTS, dtype=torch.bool).scatter_(-1, ids_BLK, True)
@@ -26,7 +26,10 @@ def build_experts(weights: Weights, _: mo.Group) -> Implementation:
 
 def build_stage(weights: Weights, group: mo.Group) -> Implementation:
     """Its ``MoE`` with ``AllToAllTokenDispatcher`` over the ranks of the group."""
-    layer = _make_layer(weights, group)
+    return as_stage(make_layer(weights, group))
+
+
+def as_stage(layer: Any) -> Implementation:
     layer.routed_experts.token_dispatcher.wire_meshes(ep_mesh=DeviceMesh.from_group(dist.group.WORLD, "cpu"))
 
     def run(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -39,7 +42,7 @@ def _add_batch_axis(batch: Batch) -> list[torch.Tensor]:
     return [batch.hidden_states.unsqueeze(0)]
 
 
-def _make_layer(weights: Weights, group: mo.Group) -> Any:
+def make_layer(weights: Weights, group: mo.Group) -> Any:
     """The layer with one rank's experts, for inference: no counts for balancing the load are kept."""
     from torchtitan.distributed.utils import set_spmd_backend
     from torchtitan.models.common.linear import Linear
