@@ -10,6 +10,7 @@ from moe_ops.dispatchers import local
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 E, H, N = 4, 8, 16
+PRODUCTS = ["grouped_linear", "grouped_outer"]
 
 
 @st.composite
@@ -44,6 +45,13 @@ def test_permute_and_unpermute(ids: torch.Tensor, dtype: torch.dtype) -> None:
         wanted = local._unpermute(poisoned, given_weights, positions)
         assert torch.equal(local._unpermute_on_host(poisoned, given_weights, positions), wanted)
         assert not wanted.isnan().any()
+    rows, other = tensors[0], tensors[0].flip(0)
+    wanted = local._weigh_rows(rows, weights, positions)
+    assert torch.equal(local._weigh_rows_on_host(rows, weights, positions), wanted)
+    wanted = local._spread_rows(x, positions, rows.shape[0] + 1)
+    assert torch.equal(local._spread_rows_on_host(x, positions, rows.shape[0] + 1), wanted)
+    wanted = local._dot_rows(rows, other, positions)
+    assert torch.equal(local._dot_rows_on_host(rows, other, positions), wanted)
 
 
 @given(
@@ -70,6 +78,6 @@ def test_products(counts: list[int], more: int, dtype: torch.dtype, width: int, 
         torch.testing.assert_close(outer[expert].double(), a.T @ b, rtol=tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("op", ["permute_by_expert", "unpermute", "grouped_linear", "grouped_outer"])
+@pytest.mark.parametrize("op", ["permute_by_expert", "unpermute", "weigh_rows", "spread_rows", "dot_rows", *PRODUCTS])
 def test_a_cpu_takes_the_second(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops::{op}", "CPU")

@@ -13,7 +13,7 @@ from benchmarks.registry import Case, Chart, Effort, Table
 from benchmarks.timing import Timing, compare, slowest
 from moe_ops.shared_experts import run_shared_experts
 
-TOKENS = (8, 256, 512)
+TOKENS = (8, 512)
 APART, TOGETHER = "one after the other", "overlapped"
 Pair = dict[str, Callable[[], Any]]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fake_impls.dispatchers import local as shapes
 from moe_ops._library import LIB, define
@@ -139,6 +140,29 @@ def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torc
     return dots_NK.copy_(torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0))
 
 
+def _end(positions: torch.Tensor) -> int:
+    """On a CPU: the number of rows of which the last is one that a choice went to; what is past it need not be computed."""
+    return int(positions.max()) + 1 if positions.numel() else 0
+
+
+def _pad(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return F.pad(x, (0, 0, 0, rows - x.shape[0])) if rows > x.shape[0] else x
+
+
+def _weigh_rows_on_host(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return _pad(_weigh_rows(rows[: _end(positions)], weights, positions), rows.shape[0])
+
+
+def _spread_rows_on_host(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
+    return _pad(_spread_rows(x, positions, _end(positions)), rows)
+
+
+def _dot_rows_on_host(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    shapes.dot_rows(a, b, positions)
+    end = _end(positions)
+    return _dot_rows(a[:end], b[:end], positions)
+
+
 def _keep_permutation(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*(x for x in output if not x.is_floating_point()))
@@ -197,12 +221,20 @@ weigh_rows = define(
     backward=_weigh_backward,
     setup_context=_keep_weighed,
 )
-LIB.impl("permute_by_expert", _permute_on_host, "CPU")
-LIB.impl("unpermute", _unpermute_on_host, "CPU")
 spread_rows = define(
     "spread_rows(Tensor x, Tensor positions, SymInt rows) -> Tensor", kernel=_spread_rows, fake=shapes.spread_rows
 )
 dot_rows = define("dot_rows(Tensor a, Tensor b, Tensor positions) -> Tensor", kernel=_dot_rows, fake=shapes.dot_rows)
+
+
+for _name, _kernel in (
+    ("permute_by_expert", _permute_on_host),
+    ("unpermute", _unpermute_on_host),
+    ("weigh_rows", _weigh_rows_on_host),
+    ("spread_rows", _spread_rows_on_host),
+    ("dot_rows", _dot_rows_on_host),
+):
+    LIB.impl(_name, _kernel, "CPU")
 
 
 def dispatch_local(
