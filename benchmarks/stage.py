@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benchmarks import runner
 from benchmarks.cases import STAGE
 
-ROUNDS = 15  # a call takes milliseconds here
+ROUNDS = 11  # a call takes milliseconds here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

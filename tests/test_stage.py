@@ -149,7 +149,9 @@ def test_the_reference_agrees_with_the_oracle(data: st.DataObject) -> None:
     expected = dense_moe(
         hidden, logits, problem.experts(), problem.routing, input_ids=ids, shared=problem.shared_experts()
     )
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert found.shape == expected.shape
+    if expected.numel():  # its scores are float32, and an element may be the difference of large ones
+        assert (found.double() - expected).abs().max() <= 2e-6 * expected.abs().max().clamp(min=0.5)
 
 
 def run_with_redundant_experts(rank: int, problem: Problem, slots: list[int], table: torch.Tensor) -> torch.Tensor:
