@@ -47,8 +47,8 @@ def moe_stage_steps(
     Args:
         hidden_states: ``[T, H]`` float32, bfloat16 or float16.
         router_logits: ``[T, E]``.
-        experts: this rank's experts, ``(E + num_redundant_experts) / EP`` of them. Without an EP group: all of them; in the
-            ALLGATHER DP form, their intermediate axis sharded over DP x PCP x TP.
+        experts: this rank's experts, ``(E + num_redundant_experts) / EP`` of them, perhaps packed by `prepack_experts`. Without
+            an EP group: all of them; in the ALLGATHER DP form, their intermediate axis sharded over DP x PCP x TP.
         routing: how experts are chosen.
         strategy: how tokens reach the ranks of their experts. ALLGATHER routes before it gathers: ids and weights travel (8 K
             bytes a token), not logits (4 E).
@@ -68,15 +68,19 @@ def moe_stage_steps(
         quant: what is done to activations before they travel (ALLGATHER EP form, ALL_TO_ALL, FIXED_CAPACITY) or where they are
             (ALLGATHER DP form), and again between the experts' two products.
         input_ids: int ``[T]``, for hash routing.
-        shared_experts: experts that every token goes through, which are added.
+        shared_experts: experts that every token goes through, which are added. They run while rows travel, as far as they need
+            no collective.
+        overlap_gate: ALLGATHER: gather the hidden states while routing, and then ids and weights: one collective more. Ignored
+            by the other strategies, which have to route before they send.
 
     Returns:
-        ``[T, H]``.
+        ``[T, H]``. `moe_stage_steps` is `moe_stage` as a stream of work, for `interleave`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the steps do, and for arguments that do not go together.
 
     For what it does not return (expert load, rows beyond a smaller capacity) compose the steps: each is a function of its own.
+    Gradients: see the README; that of a rank is the gradient of the sum over all ranks of what they differentiate.
     """
     layer = Layer(experts, routing, strategy, groups, _dispatch_kind(strategy, groups, dispatch), quant)
     _check(layer, tokens_are_sharded)
