@@ -348,3 +348,43 @@ def test_48_layers_of_the_same_shape_compile_once(ranks4: RankPool) -> None:
         for seed in (0, 47):
             expected = dense_moe(hidden, logits, problem._replace(seed=seed).experts(), problem.routing)
             torch.testing.assert_close(results[seed].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+class Layer(torch.nn.Module):
+    """The whole stage with weights of its own, on rank 1 of 4."""
+
+    def __init__(self, group: str, form: str, **keywords: Any) -> None:
+        super().__init__()
+        self.w13 = torch.nn.Parameter(torch.randn(2, 8, 16), requires_grad=False)
+        self.w2 = torch.nn.Parameter(torch.randn(2, 16, 4), requires_grad=False)
+        axis = mo.Group(group, 4, 1)
+        self.groups, self.keywords = mo.ParallelGroups(dp=axis, ep=axis), keywords
+        self.strategy, self.sharded, self.dispatch = FORMS[form]
+
+    def forward(self, hidden_states: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return mo.moe_stage(
+            hidden_states,
+            logits,
+            mo.ExpertWeights(self.w13, self.w2),
+            routing=mo.Routing(2, 8),
+            strategy=self.strategy,
+            groups=self.groups,
+            dispatch=self.dispatch,
+            mc2_mask=mask if self.strategy is mo.Strategy.MC2 else None,
+            tokens_are_sharded=self.sharded,
+            **self.keywords,
+        )
+
+
+@pytest.mark.parametrize("overlap_gate", [False, True], ids=["", "overlap_gate"])
+@pytest.mark.parametrize("form", ["mc2", "all2all", "allgather-dp", "allgather-ep"])
+def test_export_of_the_whole_stage(fake_group4: str, form: str, overlap_gate: bool) -> None:
+    def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.randn(count, 16), torch.randn(count, 8), torch.ones(count, dtype=torch.bool)
+
+    example = tokens(5)
+    mo.mark_token_axes(*example)
+    program = torch.export.export(Layer(fake_group4, form, overlap_gate=overlap_gate), example, strict=True)
+    if form != "all2all":  # a fake group makes up the counts of a ragged exchange
+        for count in (0, 1, 7):
+            assert program.module()(*tokens(count)).shape == (count, 16)
