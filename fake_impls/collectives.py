@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from fake_impls.checks import check_at_most, check_dim, check_dtype, check_equal, check_multiple, check_same_rows
-from fake_impls.layout import largest
+from fake_impls.layout import largest, total
 
 
 def row_bytes(tensor: torch.Tensor) -> int:
@@ -66,12 +66,12 @@ def check_unpack(packed: torch.Tensor, width: int) -> None:
 def compact_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """``x [W * max(counts), ...] -> [sum(counts), ...]``: the first ``counts[w]`` rows of each equal block."""
     check_equal("compact_rows", "rows of x", x.shape[0], len(counts) * largest(counts), "len(counts) * max(counts)")
-    return x.new_empty(torch.sym_sum(list(counts)), *x.shape[1:])
+    return x.new_empty(total(counts), *x.shape[1:])
 
 
 def expand_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """``x [sum(counts), ...] -> [W * max(counts), ...]``: the inverse of ``compact_rows``, other rows zero."""
-    check_equal("expand_rows", "rows of x", x.shape[0], torch.sym_sum(list(counts)), "sum(counts)")
+    check_equal("expand_rows", "rows of x", x.shape[0], total(counts), "sum(counts)")
     return x.new_empty(len(counts) * largest(counts), *x.shape[1:])
 
 

@@ -48,6 +48,14 @@ def largest(counts: Sequence[int]) -> int:
     return result
 
 
+def total(counts: Sequence[int]) -> int:
+    """The sum of counts. (Dynamo of torch 2.13 takes no ``torch.sym_sum`` of plain numbers.)"""
+    if any(isinstance(count, torch.SymInt) for count in counts):
+        summed: int = torch.sym_sum(list(counts))
+        return summed
+    return sum(counts)
+
+
 def common_rows(
     num_rows: int, max_tokens_across_dp: int | None, num_tokens_across_ep: Sequence[int] | None, num_chunks: int
 ) -> int:

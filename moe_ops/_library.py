@@ -47,4 +47,6 @@ def needs_gradient(tensors: Sequence[torch.Tensor]) -> bool:
 
 def no_gradient(ctx: Any, *grads: torch.Tensor) -> None:
     """The backward of an op that has none: an error is better than a gradient that is missing."""
-    raise RuntimeError("moe_ops: quantised activations, and quantised or packed weights, have no gradient")
+    raise RuntimeError(
+        "moe_ops: quantised activations, quantised or packed weights, and gradients themselves have no gradient"
+    )

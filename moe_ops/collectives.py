@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from fake_impls import collectives as shapes
@@ -255,10 +256,12 @@ class _GatherRows(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         gathered = _start_gather_rows(tensors, rows, fill, size, group, counts)()
         ctx.num_tokens, ctx.rows, ctx.size, ctx.group, ctx.counts = tensors[0].shape[0], rows, size, group, counts
-        ctx.mark_non_differentiable(*(x for x in gathered if not x.is_floating_point()))
+        is_needed = ctx.needs_input_grad[5:]
+        ctx.mark_non_differentiable(*(x for x, needs in zip(gathered, is_needed, strict=True) if not needs))
         return tuple(gathered)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         is_needed = ctx.needs_input_grad[5:]
         needed = [grad for grad, needs in zip(grads, is_needed, strict=True) if needs]

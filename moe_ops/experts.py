@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fake_impls import experts as shapes
 from fake_impls.checks import FLOATS, check_dtype
-from moe_ops._library import LIB, define
+from moe_ops._library import LIB, define, no_gradient
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations
 from moe_ops.types import ExpertWeights, Quant, WeightLayout
 
@@ -123,10 +123,18 @@ grouped_linear = define(
 )
 LIB.impl("grouped_linear", _grouped_linear_on_host, "CPU")
 grouped_outer = define(
-    "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor", kernel=_grouped_outer, fake=shapes.grouped_outer
+    "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor",
+    kernel=_grouped_outer,
+    fake=shapes.grouped_outer,
+    backward=no_gradient,
 )
 LIB.impl("grouped_outer", _grouped_outer_on_host, "CPU")
-sum_groups = define("sum_groups(Tensor x, Tensor counts) -> Tensor", kernel=_sum_groups, fake=shapes.sum_groups)
+sum_groups = define(
+    "sum_groups(Tensor x, Tensor counts) -> Tensor",
+    kernel=_sum_groups,
+    fake=shapes.sum_groups,
+    backward=no_gradient,
+)
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:

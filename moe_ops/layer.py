@@ -89,6 +89,14 @@ class Ending(NamedTuple):
             tokens_are_sharded=self.tokens_are_sharded,
         )
 
+    def transfer(self, routed: torch.Tensor, local_part: torch.Tensor | None) -> Transfer[torch.Tensor, None]:
+        """`end`, while nothing else is in flight: it may communicate, and waits for that at once."""
+        return Transfer(partial(self._end_at_once, routed, local_part))
+
+    def _end_at_once(self, routed: torch.Tensor, local_part: torch.Tensor | None) -> Finish[torch.Tensor]:
+        output = self.end(routed, local_part)
+        return lambda: output
+
     def end(self, routed: torch.Tensor, local_part: torch.Tensor | None) -> torch.Tensor:
         """Add the shared experts, and close the sum over TP if asked to."""
         groups, counts = self.layer.groups, self.num_tokens_across_ep
@@ -153,7 +161,9 @@ def run_gathered(
         partial(start_finalize, output, state, strategy=layer.strategy, groups=layer.groups)
     )
     yield returned
-    yield Result(ending.end(returned.arrived, transfer.computed))
+    ended = ending.transfer(returned.arrived, transfer.computed)
+    yield ended
+    yield Result(ended.arrived)
 
 
 def run_exchanged(
@@ -188,7 +198,9 @@ def run_exchanged(
         partial(start_finalize, returned.arrived, state, strategy=layer.strategy, groups=groups)
     )
     yield gathered
-    yield Result(ending.end(gathered.arrived, sent.computed))
+    ended = ending.transfer(gathered.arrived, sent.computed)
+    yield ended
+    yield Result(ended.arrived)
 
 
 def _start_gather(

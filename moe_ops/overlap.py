@@ -62,7 +62,12 @@ def interleave(*streams: Steps[Value]) -> list[Value]:
     compute. No value changes: each stream computes what it computes alone. All ranks pass streams that communicate alike, in
     the same order.
 
-    No two collectives are in flight at once: gloo, and torch's functional collectives on it, do not stand that.
+    No two collectives are in flight at once: gloo, and torch's functional collectives on it, do not stand that. (Inductor may
+    issue the next before it waits for the last.)
+
+    Raises:
+        TypeError: a stream is not one.
+        RuntimeError: a stream ended without a result, or was run before.
     """
     results: dict[int, Value] = {}
     waiting = deque(enumerate(streams))
@@ -71,7 +76,14 @@ def interleave(*streams: Steps[Value]) -> list[Value]:
         transfer: Transfer[Any, Any] | None = None
         if waiting:
             index, stream = waiting.popleft()
-            step = next(stream)
+            try:
+                step = next(stream)
+            except TypeError:
+                raise TypeError(f"interleave: streams must be generators, got {type(stream).__name__}") from None
+            except StopIteration:
+                raise RuntimeError(
+                    "interleave: streams must end with a Result, and be run once, got one that ended"
+                ) from None
             if isinstance(step, Result):
                 results[index] = step.value
                 continue

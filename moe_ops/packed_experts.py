@@ -2,6 +2,7 @@
 
 import torch
 
+from fake_impls.backends.vllm_cpu import check_weights
 from fake_impls.checks import FLOATS
 from fake_impls.experts import ACTIVATIONS
 from moe_ops.backends import vllm_cpu
@@ -40,11 +41,13 @@ def pack_for_vllm(experts: ExpertWeights) -> ExpertWeights:
     """Experts that vLLM's CPU kernel reads.
 
     Raises:
-        ValueError: it cannot take them; the message says why.
+        ValueError: it cannot take them; the message says why. Or a weight or bias does not fit the others.
+        TypeError: a dtype differs from that of the other weights.
     """
     reason = why_not_vllm(experts)
     if reason is not None:
         raise ValueError(f"pack_for_vllm: experts must fit vLLM's CPU kernel, but {reason}")
+    check_weights(*experts[:4])
     w13, w2 = vllm_cpu.pack(experts.w13), vllm_cpu.pack(experts.w2)
     return experts._replace(w13=w13, w2=w2, layout=WeightLayout.VLLM_CPU)
 

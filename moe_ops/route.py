@@ -126,7 +126,8 @@ def _route_backward(ctx: Any, grad_TK: torch.Tensor, _: torch.Tensor) -> tuple[t
     elif ctx.scoring == "sigmoid":
         grad_TE = grad_TE * scores_TE * (1 - scores_TE)
     else:
-        grad_TE = grad_TE * torch.sigmoid(logits_TE) / (2 * scores_TE)
+        slope_TE = torch.sigmoid(logits_TE) / (2 * scores_TE)
+        grad_TE = torch.where(scores_TE > 0, grad_TE * slope_TE, 0.0)  # a score may underflow
     grad_TE = torch.where(is_choice_TK.any(dim=1, keepdim=True), grad_TE, 0.0)  # where nothing was chosen it may be NaN
     return grad_TE.to(router_logits.dtype), *[None] * 10
 

@@ -306,3 +306,42 @@ def test_the_backward_sends_one_collective_for_each_of_the_forward(
     for forward, backward in ranks4.run(run_gather_backward, Problem(form, layout=(4, 1, 1))):
         assert backward.collectives == collectives
         assert forward.collectives == collectives + (form == "all2all")
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_logits_that_underflow_have_no_gradient(scoring: str) -> None:
+    logits = torch.tensor([[0.0, 1, -200, 2, -torch.inf]]).requires_grad_()
+    route(logits, mo.Routing(2, 5, scoring=scoring))[0].sum().backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[0, [2, 4]].any()
+
+
+def run_logits_alone(rank: int, problem: Problem) -> torch.Tensor:
+    inputs = make_inputs(rank, problem)
+    inputs.logits.requires_grad_()
+    make_stage(rank, problem)(inputs).sum().backward()
+    return inputs.logits.grad
+
+
+@pytest.mark.parametrize("form", ["allgather-dp", "allgather-ep", "all2all", "mc2"])
+def test_the_router_alone_may_be_trained_with_quantised_activations(ranks4: RankPool, form: str) -> None:
+    for grad in ranks4.run(run_logits_alone, Problem(form, layout=(4, 1, 1), quant=mo.Quant.W8A8)):
+        assert grad.abs().max() > 0
+
+
+def run_second_order(rank: int, problem: Problem) -> str:
+    inputs = make_inputs(rank, problem)
+    inputs.hidden.requires_grad_()
+    output = make_stage(rank, problem)(inputs)
+    (grad,) = torch.autograd.grad(output.square().sum(), inputs.hidden, create_graph=True)
+    try:
+        grad.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("form", ["allgather-dp", "allgather-ep", "all2all", "mc2"])
+def test_second_order_gradients_are_an_error(ranks4: RankPool, form: str) -> None:
+    for error in ranks4.run(run_second_order, Problem(form, layout=(4, 1, 1))):
+        assert "once_differentiable" in error or "have no gradient" in error

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops as mo
 from moe_ops.overlap import Finish, Result, Steps, Transfer
@@ -171,3 +172,66 @@ def test_shared_experts_run_while_rows_travel(ranks4: RankPool, form: str) -> No
         shared = [index for index, node in enumerate(nodes) if node == "aten.mm.default"]
         experts = nodes.index("moe_ops.grouped_linear.default")
         assert any(all(issued < index < waited < experts for index in shared) for issued, waited in collectives(nodes))
+
+
+class InFlight(TorchDispatchMode):
+    """How many collectives are in flight at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(op).startswith(COLLECTIVE):
+            self.now += -1 if str(op) == WAIT else 1
+            self.most = max(self.most, self.now)
+        return op(*args, **(kwargs or {}))
+
+
+def count_in_flight(rank: int, problem: Problem) -> int:
+    steps = [make_stage(rank, half, run=mo.moe_stage_steps) for half in halves(problem)]
+    inputs = [make_inputs(rank, half) for half in halves(problem)]
+    with torch.no_grad(), InFlight() as counter:
+        mo.interleave(*(step(its) for step, its in zip(steps, inputs, strict=True)))
+    return counter.most
+
+
+@pytest.mark.parametrize("shared", ["none", "sharded", "replicated"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stage_never_has_two_collectives_in_flight(ranks4: RankPool, form: str, shared: str) -> None:
+    assert ranks4.run(count_in_flight, Problem(form, shared=shared)) == [1, 1, 1, 1]
+
+
+def run_mixture(rank: int, problem: Problem, is_compiled: bool) -> list[torch.Tensor]:
+    """Streams of three forms at once, in sizes that are not marked."""
+    forms = [problem._replace(form=form) for form in MIXTURE]
+    steps = [make_stage(rank, one, run=mo.moe_stage_steps) for one in forms]
+    inputs = [make_inputs(rank, one) for one in forms]
+
+    def run() -> list[torch.Tensor]:
+        return mo.interleave(*(step(its) for step, its in zip(steps, inputs, strict=True)))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return (torch.compile(run, backend="aot_eager", fullgraph=True) if is_compiled else run)()
+
+
+MIXTURE = ("all2all", "mc2", "allgather-dp")
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_streams_of_different_forms(ranks4: RankPool, is_compiled: bool) -> None:
+    problem = Problem("mc2", layout=(4, 1, 1))
+    for rank, found in enumerate(ranks4.run(run_mixture, problem, is_compiled)):
+        for form, result in zip(MIXTURE, found, strict=True):
+            expected = expected_of(problem._replace(form=form), rank)
+            torch.testing.assert_close(result.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_what_is_no_stream_is_named() -> None:
+    with pytest.raises(TypeError, match="interleave: streams must be generators, got Tensor"):
+        mo.interleave(torch.zeros(2))
+    spent = stream("a", [], 0)
+    mo.interleave(spent)
+    with pytest.raises(RuntimeError, match="streams must end with a Result, and be run once"):
+        mo.interleave(spent)

@@ -126,3 +126,29 @@ def test_packed_weights_are_refused_where_nothing_can_read_them() -> None:
         mo.reference.moe_stage(x, logits, packed, routing=stage["routing"])
     with pytest.raises(RuntimeError, match="have no gradient"):
         mo.moe_stage(x.requires_grad_(), logits, packed, **stage).sum().backward()
+
+
+def test_weights_that_do_not_fit_each_other_never_reach_the_kernel() -> None:
+    plain = draw_experts(torch.float32, "silu", True)
+    for changed, kind, message in (
+        ({"w2": plain.w2[:3]}, ValueError, r"w13 must be \[E, 2 \* I, H\] for w2"),
+        ({"w13": plain.w13[:, :32]}, ValueError, r"w13 must be \[E, 2 \* I, H\] for w2"),
+        ({"w13_bias": plain.w13_bias[:, :5]}, ValueError, r"w13_bias must be \(8, 64\), got \(8, 5\)"),
+        ({"w2_bias": plain.w2_bias.bfloat16()}, TypeError, r"w2_bias must have one of the dtypes torch\.float32"),
+    ):
+        with pytest.raises(kind, match=message):
+            pack_for_vllm(plain._replace(**changed))
+    packed, x, ids = pack_for_vllm(plain), torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="columns of topk_weights must be those of topk_ids = 2, got 1"):
+        run_packed_experts(x, ids, torch.ones(3, 1), packed, first_expert=0, is_weighed=False)
+
+
+def test_biases_of_any_strides() -> None:
+    plain = draw_experts(torch.float32, "silu", True)
+    strided = plain._replace(w13_bias=torch.cat([plain.w13_bias, plain.w13_bias + 9], 1)[:, : plain.w13_bias.shape[1]])
+    x, ids, weights = torch.randn(3, 64), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    found, wanted = (
+        run_packed_experts(x, ids, weights, pack_for_vllm(experts), first_expert=0, is_weighed=False)
+        for experts in (strided, plain)
+    )
+    assert torch.equal(found, wanted)

@@ -388,3 +388,38 @@ def test_export_of_the_whole_stage(fake_group4: str, form: str, overlap_gate: bo
     if form != "all2all":  # a fake group makes up the counts of a ragged exchange
         for count in (0, 1, 7):
             assert program.module()(*tokens(count)).shape == (count, 16)
+
+
+def run_unmarked(rank: int, problem: Problem) -> tuple[torch.Tensor, int]:
+    """Compiled for the sizes of the inputs alone, as for a graph of the device: no size is marked, counts are numbers."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    groups, (strategy, sharded, dispatch) = groups_of(*problem.layout), FORMS[problem.form]
+    experts, (hidden, logits, _) = own_experts(problem, rank), problem.tokens(rank)
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=False)
+    def stage(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return mo.moe_stage(
+            hidden,
+            logits,
+            experts,
+            routing=problem.routing,
+            strategy=strategy,
+            groups=groups,
+            dispatch=dispatch,
+            padded_num_tokens=max(problem.counts),
+            max_tokens_across_dp=max(problem.counts),
+            num_tokens_across_ep=problem.counts if sharded else None,
+            tokens_are_sharded=sharded,
+        )
+
+    with torch.no_grad():
+        return stage(hidden, logits), counter.frame_count
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_static_sizes_compile_too(ranks4: RankPool, form: str) -> None:
+    problem = Problem(form, layout=(4, 1, 1))
+    for rank, (found, graphs) in enumerate(ranks4.run(run_unmarked, problem)):
+        assert graphs == 1
+        torch.testing.assert_close(found.double(), expected_of(problem, rank), rtol=2e-5, atol=2e-5)

@@ -37,7 +37,8 @@ def _pack(weight: torch.Tensor, packed_weight: torch.Tensor, isa: str) -> None:
 
 def _experts(output, x_NH, w13, w2, b13, b2, topk_weights, topk_ids, skip_weighted, act, isa) -> None:
     assert topk_ids.dtype == torch.int32 and topk_weights.dtype == torch.float32
-    assert all(tensor.is_contiguous() for tensor in (output, x_NH, w13, w2, topk_weights, topk_ids))
+    tensors = (output, x_NH, w13, w2, b13, b2, topk_weights, topk_ids)
+    assert all(tensor.is_contiguous() for tensor in tensors if tensor is not None)
     assert int(topk_ids.min()) >= 0 and int(topk_ids.max()) < w13.shape[0]
     w13, w2 = (weight.flip(0, 1, 2).double() for weight in (w13, w2))
     total_NH = torch.zeros(output.shape, dtype=torch.float64)

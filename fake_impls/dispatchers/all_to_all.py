@@ -7,6 +7,7 @@ import torch
 from fake_impls.checks import check_dim, check_equal
 from fake_impls.collectives import pack_rows
 from fake_impls.dispatchers.copies import check_plan
+from fake_impls.layout import total
 
 
 def dispatch_all_to_all(
@@ -67,5 +68,5 @@ def check_splits(
         raise ValueError(
             f"combine: splits must hold {size} counts, got {len(send_splits)} to send and {len(receive_splits)} to receive"
         )
-    received = torch.sym_sum(list(receive_splits))
+    received = total(receive_splits)
     check_equal("combine", "rows", rows.shape[0], received, "those that dispatch returned")

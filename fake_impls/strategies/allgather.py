@@ -6,7 +6,7 @@ import torch
 
 from fake_impls.checks import check_at_most, check_dim, check_equal
 from fake_impls.collectives import gather_rows
-from fake_impls.layout import largest
+from fake_impls.layout import largest, total
 
 
 def prepare_allgather_dp(
@@ -69,8 +69,8 @@ def prepare_allgather_ep(
     if counts is None:
         return gather_rows(tensors, num_tokens, size), num_tokens, num_tokens
     check_counts("prepare", num_tokens, counts, size, rank)
-    total = torch.sym_sum(list(counts))
-    return [tensor.new_empty(total, *tensor.shape[1:]) for tensor in tensors], num_tokens, largest(counts)
+    rows = total(counts)
+    return [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in tensors], num_tokens, largest(counts)
 
 
 def check_counts(op: str, num_tokens: int, counts: Sequence[int], size: int, rank: int) -> None:
@@ -97,5 +97,5 @@ def check_gathered_over_ep(
 ) -> None:
     """All rows that the EP form's prepare returned."""
     check_dim("finalize", "hidden_states", hidden_states, 2)
-    gathered = num_tokens * size if counts is None else torch.sym_sum(list(counts))
+    gathered = num_tokens * size if counts is None else total(counts)
     check_equal("finalize", "rows of hidden_states", hidden_states.shape[0], gathered, "the rows that prepare returned")

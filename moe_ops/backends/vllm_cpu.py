@@ -68,8 +68,10 @@ def _call(
     activation: str,
 ) -> None:
     if rows.shape[0]:
-        contiguous = rows.contiguous(), *weights, topk_weights.contiguous(), topk_ids.contiguous()
-        torch.ops._C.cpu_fused_moe(output, *contiguous, False, activation, ISA)
+        w13, w2, *biases = weights
+        biases = [None if bias is None else bias.contiguous() for bias in biases]
+        routed = topk_weights.contiguous(), topk_ids.contiguous()
+        torch.ops._C.cpu_fused_moe(output, rows.contiguous(), w13, w2, *biases, *routed, False, activation, ISA)
 
 
 vllm_cpu_experts = define(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fake_impls.dispatchers import all_to_all as shapes
+from fake_impls.layout import total
 from moe_ops._library import define, needs_gradient
 from moe_ops.collectives import all_to_all, c10d, start_exchange, unpack_rows
 from moe_ops.dispatchers.copies import pack_copies, plan_copies, start_send_copies
@@ -44,7 +45,7 @@ def _dispatch(
     size: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[int], list[int]]:
     positions, send_splits, receive_splits = _plan(topk_ids, num_local_experts, group, size)
-    received = start_send_copies(tensors, positions, fill, send_splits, receive_splits, group)()
+    received = start_send_copies(tensors, positions, fill, total(send_splits), send_splits, receive_splits, group)()
     return received, positions, send_splits, receive_splits
 
 
@@ -57,7 +58,7 @@ def _start_dispatch(
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
     positions, send_splits, receive_splits = _plan(topk_ids, num_local_experts, group, size)
-    packed_SB = pack_copies(tensors, positions, torch.sym_sum(send_splits), fill)
+    packed_SB = pack_copies(tensors, positions, total(send_splits), fill)
     in_flight_RB = c10d.all_to_all_single(packed_SB, receive_splits, send_splits, group)
     return in_flight_RB, positions, send_splits, receive_splits
 

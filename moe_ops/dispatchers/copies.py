@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fake_impls.dispatchers import copies as shapes
 from moe_ops._library import define, needs_gradient
@@ -66,30 +67,32 @@ def start_send_copies(
     tensors: Sequence[torch.Tensor],
     positions: torch.Tensor,
     fill: Sequence[int],
+    rows: int,
     send_splits: Sequence[int],
     receive_splits: Sequence[int],
     group: str,
 ) -> Finish[list[torch.Tensor]]:
-    """Send the copies that `plan_copies` placed, all tensors packed in one all-to-all over `group`.
+    """Send the `rows` copies that `plan_copies` placed, all tensors packed in one all-to-all over `group`.
 
     ``[N, ...] each -> [sum(receive_splits), ...] each``, in the order of the ranks that the rows came from. Where a gradient
     is needed, it is waited for at once.
     """
     if needs_gradient(tensors):
-        received = list(_SendCopies.apply(positions, fill, send_splits, receive_splits, group, *tensors))  # type: ignore[no-untyped-call]
+        received = list(_SendCopies.apply(positions, fill, rows, send_splits, receive_splits, group, *tensors))  # type: ignore[no-untyped-call]
         return lambda: received
-    return _start_send_copies(tensors, positions, fill, send_splits, receive_splits, group)
+    return _start_send_copies(tensors, positions, fill, rows, send_splits, receive_splits, group)
 
 
 def _start_send_copies(
     tensors: Sequence[torch.Tensor],
     positions: torch.Tensor,
     fill: Sequence[int],
+    rows: int,
     send_splits: Sequence[int],
     receive_splits: Sequence[int],
     group: str,
 ) -> Finish[list[torch.Tensor]]:
-    packed_SB = pack_copies(tensors, positions, torch.sym_sum(list(send_splits)), fill)
+    packed_SB = pack_copies(tensors, positions, rows, fill)
     wait = start_exchange(packed_SB, receive_splits, send_splits, group)
     return lambda: unpack_rows(wait(), tensors)
 
@@ -103,23 +106,26 @@ class _SendCopies(torch.autograd.Function):
         ctx: Any,
         positions: torch.Tensor,
         fill: Sequence[int],
+        rows: int,
         send_splits: Sequence[int],
         receive_splits: Sequence[int],
         group: str,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        received = _start_send_copies(tensors, positions, fill, send_splits, receive_splits, group)()
+        received = _start_send_copies(tensors, positions, fill, rows, send_splits, receive_splits, group)()
         ctx.save_for_backward(positions)
         ctx.send_splits, ctx.receive_splits, ctx.group = send_splits, receive_splits, group
-        ctx.mark_non_differentiable(*(x for x in received if not x.is_floating_point()))
+        is_needed = ctx.needs_input_grad[6:]
+        ctx.mark_non_differentiable(*(x for x, needs in zip(received, is_needed, strict=True) if not needs))
         return tuple(received)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
-        is_needed = ctx.needs_input_grad[5:]
+        is_needed = ctx.needs_input_grad[6:]
         needed = [grad for grad, needs in zip(grads, is_needed, strict=True) if needs]
         packed_RB = pack_rows(needed, needed[0].shape[0], [0] * len(needed))
         returned = iter(unpack_rows(exchange(packed_RB, ctx.send_splits, ctx.receive_splits, ctx.group), needed))
         summed = [unpermute(next(returned), None, positions) if needs else None for needs in is_needed]
-        return None, None, None, None, None, *summed
+        return None, None, None, None, None, None, *summed

@@ -56,7 +56,7 @@ def _start_dispatch(
     check_group("dispatch", "ep", group, size)
     positions, counts_W = plan_copies(topk_ids, num_local_experts, size, capacity)
     splits = [capacity] * size
-    wait = start_send_copies(tensors, positions, fill, splits, splits, group)
+    wait = start_send_copies(tensors, positions, fill, size * capacity, splits, splits, group)
     return wait, FixedCapacityState(positions, (counts_W - capacity).clamp(min=0).sum())
 
 

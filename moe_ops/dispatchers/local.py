@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.dispatchers import local as shapes
-from moe_ops._library import LIB, define
+from moe_ops._library import LIB, define, no_gradient
 
 
 class LocalState(NamedTuple):
@@ -222,9 +222,17 @@ weigh_rows = define(
     setup_context=_keep_weighed,
 )
 spread_rows = define(
-    "spread_rows(Tensor x, Tensor positions, SymInt rows) -> Tensor", kernel=_spread_rows, fake=shapes.spread_rows
+    "spread_rows(Tensor x, Tensor positions, SymInt rows) -> Tensor",
+    kernel=_spread_rows,
+    fake=shapes.spread_rows,
+    backward=no_gradient,
 )
-dot_rows = define("dot_rows(Tensor a, Tensor b, Tensor positions) -> Tensor", kernel=_dot_rows, fake=shapes.dot_rows)
+dot_rows = define(
+    "dot_rows(Tensor a, Tensor b, Tensor positions) -> Tensor",
+    kernel=_dot_rows,
+    fake=shapes.dot_rows,
+    backward=no_gradient,
+)
 
 
 for _name, _kernel in (
