@@ -90,6 +90,7 @@ def _time(call: Callable[[], torch.Tensor], group: Group, device: torch.device) 
 
 
 def _largest(value: float, group: Group, device: torch.device) -> float:
+    """The largest of any rank, read on the host: it is a figure for the model, and the wait is what starts ranks together."""
     c10d = collectives.c10d
     x = torch.tensor([value], dtype=torch.float32, device=device)
     return float(c10d.wait_tensor(c10d.all_reduce(x, "max", group.name)).item())

@@ -1,5 +1,7 @@
 """What a routing does to the ranks: copies of rows that travel, and how evenly experts and ranks are loaded.
 
+For plans and reports, outside of any layer: results are Python numbers, which reading from the device costs a wait.
+
 T tokens, N rows of an EP rank, W ranks of EP, E experts, K top-k.
 """
 

@@ -31,6 +31,8 @@ def _experts(
     activation: str,
     is_weighed: bool,
 ) -> torch.Tensor:
+    """On CPU tensors alone, so that reading ids waits for nothing: the kernel takes all rows at once where all choices are of
+    this rank, else the pairs that are, whose number has to be read."""
     weights = w13, w2, w13_bias, w2_bias
     output_NH = shapes.vllm_cpu_experts(
         hidden_states, topk_ids, topk_weights, first_expert, *weights, activation, is_weighed
@@ -40,7 +42,8 @@ def _experts(
     local_NK = local_NK - first_expert if first_expert else local_NK
     if not topk_ids.numel():
         return output_NH.zero_()
-    if not is_weighed and first_expert <= int(topk_ids.min()) and int(topk_ids.max()) < end:
+    low, high = topk_ids.aminmax()
+    if not is_weighed and first_expert <= int(low) and int(high) < end:
         _call(output_NH, hidden_states, weights, topk_weights, local_NK, activation)
         return output_NH
     # The kernel takes no id that is not an expert's, and weighs no input: so one row for each pair that is of this rank.
@@ -67,6 +70,8 @@ def _call(
     topk_ids: torch.Tensor,
     activation: str,
 ) -> None:
+    if not hasattr(torch.ops._C, "cpu_fused_moe") and not load():  # packed in another process
+        raise RuntimeError("experts: packed weights need vLLM's CPU kernels, which are not installed")
     if rows.shape[0]:
         w13, w2, *biases = weights
         biases = [None if bias is None else bias.contiguous() for bias in biases]

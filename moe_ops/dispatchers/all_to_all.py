@@ -12,7 +12,7 @@ from fake_impls.dispatchers import all_to_all as shapes
 from fake_impls.layout import total
 from moe_ops._library import define, needs_gradient
 from moe_ops.collectives import all_to_all, c10d, start_exchange, unpack_rows
-from moe_ops.dispatchers.copies import pack_copies, plan_copies, start_send_copies
+from moe_ops.dispatchers.copies import FILL, pack_copies, plan_copies, start_send_copies
 from moe_ops.dispatchers.local import LocalDispatch, combine_local, dispatch_local, unpermute
 from moe_ops.groups import Group, check_group
 from moe_ops.overlap import Finish
@@ -155,7 +155,7 @@ def dispatch_all_to_all(
         NotCapturableError: a graph of the device is being captured.
     """
     tensors = [hidden_states, topk_ids, topk_weights, *([] if scale is None else [scale])]
-    fill = [0, -1, 0, 0][: len(tensors)]
+    fill = FILL[: len(tensors)]
     received, positions, *splits = dispatch_op(tensors, topk_ids, fill, num_local_experts, ep.name, ep.size)
     return group_received(received, num_local_experts, ep), AllToAllState(positions, *splits)
 
@@ -167,7 +167,7 @@ def start_all_to_all(
 
     `tensors` are hidden states, ids, weights and perhaps scales, and so is what arrives.
     """
-    fill, arguments = [0, -1, 0, 0][: len(tensors)], (num_local_experts, ep.name, ep.size)
+    fill, arguments = FILL[: len(tensors)], (num_local_experts, ep.name, ep.size)
     if needs_gradient(tensors):
         received, positions, *splits = dispatch_op(tensors, tensors[1], fill, *arguments)
         return lambda: (received, AllToAllState(positions, *splits))

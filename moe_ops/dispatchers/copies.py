@@ -13,8 +13,11 @@ from torch.autograd.function import once_differentiable
 from fake_impls.dispatchers import copies as shapes
 from moe_ops._library import define, needs_gradient
 from moe_ops.collectives import exchange, pack_rows, start_exchange, unpack_rows
-from moe_ops.dispatchers.local import unpermute
+from moe_ops.dispatchers.local import sources, unpermute
 from moe_ops.overlap import Finish
+
+FILL = (0, -1, 0, 0)
+"""What a row that is sent empty holds: hidden states, ids (routed nowhere), weights and scales."""
 
 
 def _plan_copies(
@@ -40,14 +43,9 @@ def _pack_copies(
     tensors: Sequence[torch.Tensor], positions: torch.Tensor, rows: int, fill: Sequence[int]
 ) -> torch.Tensor:
     shapes.check_copies(tensors, positions)
-    num_rows = positions.shape[0]
     # One row more than there are, which is the fill: places that no copy takes are copies of it.
-    packed_NB = pack_rows(tensors, num_rows + 1, fill)
-    source_S = positions.new_full((rows + 1,), num_rows)  # one place more, for copies that go nowhere
-    places_NW = torch.where(positions >= 0, positions, rows)
-    row_NW = torch.arange(num_rows, device=positions.device).unsqueeze(1).expand_as(positions)
-    source_S.scatter_(0, places_NW.flatten(), row_NW.flatten())
-    copies_SB: torch.Tensor = packed_NB.index_select(0, source_S[:rows])
+    packed_NB = pack_rows(tensors, positions.shape[0] + 1, fill)
+    copies_SB: torch.Tensor = packed_NB.index_select(0, sources(positions, rows))
     return copies_SB
 
 

@@ -13,7 +13,7 @@ from fake_impls.dispatchers import fixed_capacity as shapes
 from moe_ops._library import define
 from moe_ops.collectives import start_exchange
 from moe_ops.dispatchers.all_to_all import group_received
-from moe_ops.dispatchers.copies import plan_copies, start_send_copies
+from moe_ops.dispatchers.copies import FILL, plan_copies, start_send_copies
 from moe_ops.dispatchers.local import LocalDispatch, combine_local, unpermute
 from moe_ops.groups import Group, check_group
 from moe_ops.overlap import Finish
@@ -107,7 +107,7 @@ def dispatch_fixed_capacity(
         scale: the scales of quantised hidden states.
     """
     tensors = [hidden_states, topk_ids, topk_weights, *([] if scale is None else [scale])]
-    fill = [0, -1, 0, 0][: len(tensors)]
+    fill = FILL[: len(tensors)]
     received, *state = dispatch_op(tensors, topk_ids, fill, num_local_experts, capacity, ep.name, ep.size)
     return group_received(received, num_local_experts, ep), FixedCapacityState(*state)
 
@@ -119,7 +119,7 @@ def start_fixed_capacity(
 
     `tensors` are hidden states, ids, weights and perhaps scales, and so is what arrives.
     """
-    fill = [0, -1, 0, 0][: len(tensors)]
+    fill = FILL[: len(tensors)]
     wait, state = _start_dispatch(tensors, tensors[1], fill, num_local_experts, capacity, ep.name, ep.size)
     return lambda: (wait(), state)
 

@@ -92,7 +92,7 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
 
 
 def _unpermute_on_host(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-    """The same sums in the same order; but only rows that a choice went to are read."""
+    """The same sums in the same order. On a CPU positions can be read for nothing, and only rows that a choice went to are."""
     shapes.check_unpermute(rows, weights, positions)
     total_NH = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
     if not rows.shape[0]:
@@ -120,16 +120,23 @@ def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tens
     return weighed_RH.copy_(rows.to(torch.float32) * weights_R[:-1].unsqueeze(1))
 
 
+def sources(positions: torch.Tensor, rows: int) -> torch.Tensor:
+    """int64 ``[N, K] -> [rows]``: the row that went to each place, N where none did: the inverse of `positions`."""
+    num_rows = positions.shape[0]
+    source_R = positions.new_full((rows + 1,), num_rows)  # one place more, for what went nowhere
+    row_NK = torch.arange(num_rows, device=positions.device).unsqueeze(1).expand_as(positions)
+    source_R.scatter_(0, torch.where(positions >= 0, positions, rows).flatten(), row_NK.flatten())
+    return source_R[:rows]
+
+
 def _spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
     spread_RH = shapes.spread_rows(x, positions, rows)
     num_rows = x.shape[0]
     if not num_rows:
         return spread_RH.zero_()
-    source_R = positions.new_full((rows + 1,), num_rows)  # one place more, for choices that went nowhere
-    row_NK = torch.arange(num_rows, device=x.device).unsqueeze(1).expand_as(positions)
-    source_R.scatter_(0, torch.where(positions >= 0, positions, rows).flatten(), row_NK.flatten())
-    is_filled_R1 = (source_R[:rows] < num_rows).unsqueeze(1)
-    return spread_RH.copy_(torch.where(is_filled_R1, x.index_select(0, source_R[:rows].clamp(max=num_rows - 1)), 0))
+    source_R = sources(positions, rows)
+    is_filled_R1 = (source_R < num_rows).unsqueeze(1)
+    return spread_RH.copy_(torch.where(is_filled_R1, x.index_select(0, source_R.clamp(max=num_rows - 1)), 0))
 
 
 def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -255,6 +262,8 @@ def dispatch_local(
     scale: torch.Tensor | None = None,
 ) -> LocalDispatch:
     """Group the rows of this rank's experts, one copy for each choice. Static shapes, no collective, no host sync.
+
+    (The kernels for CPU tensors, of this op and of the others here, read counts and positions, where that waits for nothing.)
 
     Args:
         hidden_states: ``[N, H]``, quantised or not.
