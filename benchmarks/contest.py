@@ -119,7 +119,7 @@ def profile(
             for name in names:
                 variants[name]()  # the first call under a profiler, and after a pause, is slower
                 dist.barrier()
-                found[name].append(_profile_call(variants[name]))
+                found[name].append(profile_call(variants[name]))
     return {name: _medians(profiles) for name, profiles in found.items()}
 
 
@@ -176,7 +176,8 @@ def _check(
     return True
 
 
-def _profile_call(call: Callable[[], Any]) -> dict[str, float]:
+def profile_call(call: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that each op itself takes in the call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         call()
     return {event.key: event.self_cpu_time_total * 1e-6 for event in recorded.key_averages()}

@@ -42,6 +42,7 @@ def _route(
         token_to_experts,
     )
     scores_TE = _score(router_logits.to(torch.float32), scoring)
+    is_choice_TK = None  # where it may be False
     if token_to_experts is not None and input_ids is not None:
         chosen_TK = token_to_experts[input_ids.clamp(min=0)].to(torch.int64)
         is_choice_TK = (chosen_TK >= 0) & (input_ids >= 0).unsqueeze(1)
@@ -53,15 +54,19 @@ def _route(
             # Those of chosen groups first: by a sort, since no score is so low that a bias of -inf is not as low.
             order_TE = order_TE.gather(1, _descending(is_allowed_TE.gather(1, order_TE)))
         chosen_TK = order_TE[:, :top_k]
-        is_choice_TK = torch.ones_like(chosen_TK, dtype=torch.bool)
     if is_active is not None:
-        is_choice_TK = is_choice_TK & is_active.unsqueeze(1)
-    # Where there is no choice the scores may be NaN.
-    chosen_weights_TK = torch.where(is_choice_TK, scores_TE.gather(1, chosen_TK.clamp(min=0)), 0.0)
+        is_active_T1 = is_active.unsqueeze(1)
+        is_choice_TK = is_active_T1 if is_choice_TK is None else is_choice_TK & is_active_T1
+    if is_choice_TK is None:
+        chosen_weights_TK = scores_TE.gather(1, chosen_TK)
+    else:  # where there is no choice the scores may be NaN
+        chosen_weights_TK = torch.where(is_choice_TK, scores_TE.gather(1, chosen_TK.clamp(min=0)), 0.0)
+        chosen_TK = torch.where(is_choice_TK, chosen_TK, -1)
     if renormalize:
         chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
-    weights_TK.copy_(chosen_weights_TK * routed_scaling_factor)
-    return weights_TK, ids_TK.copy_(torch.where(is_choice_TK, chosen_TK, -1))
+    if routed_scaling_factor != 1:
+        chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
+    return weights_TK.copy_(chosen_weights_TK), ids_TK.copy_(chosen_TK)
 
 
 def _score(logits_TE: torch.Tensor, scoring: str) -> torch.Tensor:

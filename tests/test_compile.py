@@ -75,7 +75,7 @@ def whole_stage(form: str, groups: mo.ParallelGroups, dtype: torch.dtype) -> Sta
             routing=mo.Routing(K, E),
             strategy=strategy,
             groups=groups,
-            # A ragged exchange needs counts that somebody sent: test_stage.py compiles it on real ranks.
+            # A ragged exchange needs counts that somebody sent: test_stage_compile.py compiles it on real ranks.
             dispatch=None if strategy is Strategy.ALLGATHER else mo.Dispatch.FIXED_CAPACITY,
             mc2_mask=mask,
             max_tokens_across_dp=most,

@@ -9,19 +9,32 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
+import fake_impls as shapes
 import moe_ops as mo
+from benchmarks import inline_stage as inline
 from benchmarks.layer import ROUTING, make_weights
 from benchmarks.ranks import Ranks
 from benchmarks.registry import Aim, Case, Effort, Table
 from benchmarks.timing import Timing, compare
-from moe_ops import collectives, route
+from moe_ops import collectives, experts, route
 from moe_ops.dispatchers import copies, local
 
 OPS = torch.ops.moe_ops
 TOKENS, HIDDEN, EXPERTS, TOP_K, RANKS = 8, 1024, 256, 8, 32
 CALLS = 50
 LAYERS = (1, 12, 48)
+BODY, BY_HAND = " body", " by hand"
+CHECKS = (
+    (shapes.collectives, "check_pack"),
+    (shapes.collectives, "check_unpack"),
+    (shapes.dispatchers.copies, "check_copies"),
+    (shapes.dispatchers.copies, "check_plan"),
+    (shapes.dispatchers.local, "check_permute"),
+    (shapes.dispatchers.local, "check_unpermute"),
+    (shapes.experts, "check_grouped_linear"),
+)
 
 
 def measure_host(effort: Effort) -> list[Table]:
@@ -29,47 +42,91 @@ def measure_host(effort: Effort) -> list[Table]:
 
 
 def _ops_table(effort: Effort) -> Table:
-    columns = ("op", "op us", "inline us", "ratio")
+    columns = ("op", "op us", "body us", "by hand us", "ratio", "ratio by hand")
     note = (
-        "inline: the body of the op called as a function, so the same aten calls and checks without the dispatch. "
+        "body: the aten calls of the op in a plain function, without dispatch and checks (route: without dispatch). by hand: "
+        "what is enough where every id is a local expert's, inline_stage.py; compared first. "
         f"T={TOKENS}, H={HIDDEN}, E={EXPERTS}, k={TOP_K}, {RANKS} ranks; torch.no_grad(), CPU time."
     )
-    table = Table("Eager cost of an op against its aten calls inline", columns, note, aim=Aim("ratio", 1.5))
+    table = Table("Eager cost of an op against the same aten calls inline", columns, note, aim=Aim("ratio", 1.5))
     with Ranks(1) as ranks:
         timings = ranks.run(_measure_ops, effort.rounds)[0]
-    for name in (name for name in timings if not name.endswith(" inline")):
-        op, inline = (1e6 * timings[key].cpu for key in (name, f"{name} inline"))
-        table.add(name, op, inline, op / inline)
+    for name in (name for name in timings if not name.endswith((BODY, BY_HAND))):
+        op, body, by_hand = (1e6 * timings[key].cpu for key in (name, name + BODY, name + BY_HAND))
+        table.add(name, op, body, by_hand, op / body, op / by_hand)
     return table
 
 
 def _measure_ops(_: mo.Group, rounds: int) -> dict[str, Timing]:
+    variants: dict[str, Callable[[], Any]] = {}
     with torch.no_grad():
-        variants: dict[str, Callable[[], Any]] = {}
-        for name, (body, arguments) in _bodies().items():
-            variants[name] = partial(getattr(OPS, name).default, *arguments)
-            variants[f"{name} inline"] = partial(body, *arguments)
+        for name, (body, arguments, by_hand) in _pairs().items():
+            op = partial(getattr(OPS, name).default, *arguments)
+            for found, wanted in zip(pytree.tree_leaves(op()), pytree.tree_leaves(by_hand()), strict=True):
+                torch.testing.assert_close(found, wanted)
+            variants |= {name: op, name + BODY: _without_checks(partial(body, *arguments)), name + BY_HAND: by_hand}
         return compare(variants, rounds=rounds, calls=CALLS)
 
 
-def _bodies() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def _without_checks(call: Callable[[], Any]) -> Callable[[], Any]:
+    def unchecked() -> Any:
+        saved = [getattr(module, name) for module, name in CHECKS]
+        for module, name in CHECKS:
+            setattr(module, name, _nothing)
+        try:
+            return call()
+        finally:
+            for (module, name), check in zip(CHECKS, saved, strict=True):
+                setattr(module, name, check)
+
+    return unchecked
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+def _pairs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], Callable[[], Any]]]:
+    """The body and the arguments of each op, and the call that does the same by hand."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(torch.bfloat16)
     logits = torch.randn(TOKENS, EXPERTS, generator=generator)
-    weights, ids = route.route(logits, mo.Routing(TOP_K, EXPERTS))
-    rows, _, positions = local._permute_on_host([hidden], ids, 0, EXPERTS)
-    places, _ = copies._plan_copies(ids, EXPERTS // RANKS, RANKS, None)
-    payload = [hidden, ids, weights]
-    packed = collectives._pack_rows(payload, TOKENS, [0, -1, 0])
+    weight = torch.randn(EXPERTS, 16, HIDDEN, generator=generator).to(torch.bfloat16)
+    weights, ids = inline.route(logits, TOP_K)
+    rows, counts, positions = inline.permute_by_expert(hidden, ids, EXPERTS)
+    places, per_rank = inline.plan_copies(ids, EXPERTS // RANKS, RANKS)
+    num_copies, payload, fill = int(per_rank.sum()), [hidden, ids, weights], [0, -1, 0]
+    packed = inline.pack_rows(payload)
     routed = (logits, TOP_K, "softmax", True, 1, 1, None, 1.0, None, None, None)
     return {
-        "route": (route._route, routed),
-        "permute_by_expert": (local._permute_on_host, ([hidden], ids, 0, EXPERTS)),
-        "unpermute": (local._unpermute_on_host, (rows, weights, positions)),
-        "plan_copies": (copies._plan_copies, (ids, EXPERTS // RANKS, RANKS, None)),
-        "pack_copies": (copies._pack_copies, (payload, places, int((places >= 0).sum()), [0, -1, 0])),
-        "pack_rows": (collectives._pack_rows, (payload, TOKENS, [0, -1, 0])),
-        "unpack_rows": (collectives._unpack_rows, (packed, payload)),
+        "route": (route._route, routed, partial(inline.route, logits, TOP_K)),
+        "permute_by_expert": (
+            local._permute_on_host,
+            ([hidden], ids, 0, EXPERTS),
+            partial(inline.permute_by_expert, hidden, ids, EXPERTS),
+        ),
+        "unpermute": (
+            local._unpermute_on_host,
+            (rows, weights, positions),
+            partial(inline.unpermute, rows, weights, positions),
+        ),
+        "plan_copies": (
+            copies._plan_copies,
+            (ids, EXPERTS // RANKS, RANKS, None),
+            partial(inline.plan_copies, ids, EXPERTS // RANKS, RANKS),
+        ),
+        "pack_copies": (
+            copies._pack_copies,
+            (payload, places, num_copies, fill),
+            partial(inline.pack_copies, payload, places, num_copies),
+        ),
+        "pack_rows": (collectives._pack_rows, (payload, TOKENS, fill), partial(inline.pack_rows, payload)),
+        "unpack_rows": (collectives._unpack_rows, (packed, payload), partial(inline.unpack_rows, packed, payload)),
+        "grouped_linear": (
+            experts._grouped_linear_on_host,
+            (rows, counts, weight, None),
+            partial(inline.grouped_linear, rows, counts, weight),
+        ),
     }
 
 

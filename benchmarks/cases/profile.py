@@ -2,7 +2,7 @@
 
 import re
 
-from benchmarks.cases import experts, stage
+from benchmarks.cases import experts, stage, training
 from benchmarks.contest import profile
 from benchmarks.ranks import Ranks
 from benchmarks.registry import Case, Effort, Table
@@ -14,8 +14,20 @@ COMPILED_GRAPH = re.compile(r"## Call CompiledFxGraph \w+ ##")
 
 
 def measure_profile(effort: Effort) -> list[Table]:
-    """A table for each contest. It measures first what has not been measured in this run."""
-    return [_profile_lost(contest, effort) for contest in (experts.CONTEST, stage.CONTEST)]
+    """A table for each contest, which measures first what has not been measured in this run, and one for training."""
+    return [*(_profile_lost(contest, effort) for contest in (experts.CONTEST, stage.CONTEST)), _profile_training()]
+
+
+def _profile_training() -> Table:
+    columns = ("row", "op of ours", "ms", "op of the rival", "rival ms")
+    note = "Forward and backward, eager, with the thread that runs the backward; otherwise as above."
+    table = Table(f"Training in bfloat16: the {OPS} ops that take most", columns, note)
+    with Ranks(2) as ranks:
+        for tokens in training.TOKENS:
+            found = ranks.run(training.profile_step, tokens, CALLS)[0]
+            if len(found) == 2:
+                _add_pair(table, f"T={tokens}", *found.items())
+    return table
 
 
 def _profile_lost(contest: Contest, effort: Effort) -> Table:
@@ -37,9 +49,15 @@ def _profile_lost(contest: Contest, effort: Effort) -> Table:
 
 
 def _add(table: Table, row: Standing, ours: dict[str, float], rival: dict[str, float]) -> None:
-    label = f"{name_of(row.dtype)}, T={row.tokens}"
-    table.add(label, row.ours, 1e3 * sum(ours.values()), row.rival, 1e3 * sum(rival.values()))
-    for (our_op, our_time), (op, its_time) in zip(_largest(ours), _largest(rival), strict=True):
+    _add_pair(table, f"{name_of(row.dtype)}, T={row.tokens}", (row.ours, ours), (row.rival, rival))
+
+
+def _add_pair(
+    table: Table, label: str, ours: tuple[str, dict[str, float]], rival: tuple[str, dict[str, float]]
+) -> None:
+    (our_name, our_ops), (its_name, its_ops) = ours, rival
+    table.add(label, our_name, 1e3 * sum(our_ops.values()), its_name, 1e3 * sum(its_ops.values()))
+    for (our_op, our_time), (op, its_time) in zip(_largest(our_ops), _largest(its_ops), strict=True):
         table.add("", our_op, our_time, op, its_time)
 
 

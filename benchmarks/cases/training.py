@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import moe_ops as mo
 from benchmarks import ours, peers
+from benchmarks.contest import profile_call
 from benchmarks.layer import ROUTING, SIZES, Weights, make_batch, make_weights
 from benchmarks.peers import torchtitan
 from benchmarks.ranks import Ranks
@@ -82,6 +84,25 @@ def _measure(group: mo.Group, dtype: torch.dtype, tokens: int, rounds: int) -> A
                     raise AssertionError(f"{name} {mode}: gradients must be within {TOLERANCE}, got {error:.2g}")
             variants[f"{name} {mode}"] = step
     return Answer(compare(variants, rounds=rounds, calls=1), graphs)
+
+
+def profile_step(group: mo.Group, tokens: int, calls: int) -> dict[str, dict[str, float]]:
+    """Seconds that each op itself takes in an eager forward and backward, of the first path of ours and the rival's."""
+    torch._dynamo.reset()
+    weights, batch = make_weights(torch.bfloat16), make_batch(torch.bfloat16, tokens, group.rank)
+    contestants = _contestants(weights, group)
+    steps = {
+        name: _make_step(contestants[name], batch.hidden_states, torch.ones_like(batch.hidden_states))
+        for name in (ours.PATHS[0].name, RIVAL.split()[0])
+        if name in contestants
+    }
+    found: dict[str, dict[str, float]] = {}
+    for name, step in steps.items():
+        step(), step()
+        dist.barrier()
+        found[name] = profile_call(lambda step=step: [step() for _ in range(calls)])
+        found[name] = {op: seconds / calls for op, seconds in found[name].items()}
+    return found
 
 
 def _make_step(

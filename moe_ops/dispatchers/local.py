@@ -69,7 +69,7 @@ def _order(
     shapes.check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     local_R = topk_ids.to(torch.int64).flatten() - first_expert
-    is_local_R = (topk_ids.flatten() >= 0) & (local_R >= 0) & (local_R < num_local_experts)
+    is_local_R = (local_R >= 0) & (local_R < num_local_experts)  # -1 is below any first expert
     group_R = torch.where(is_local_R, local_R, num_local_experts)  # the last group: experts of other ranks, id -1
     order_R = torch.argsort(group_R, stable=True)
     counts = group_R.new_zeros(num_local_experts + 1).scatter_add_(0, group_R, torch.ones_like(group_R))
