@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_ops as mo
+from moe_ops.collectives import start_gather_rows
+from moe_ops.dispatchers.copies import start_send_copies
 from moe_ops.route import route
 from moe_ops.traffic import count_traffic
 
 from .oracle import dense_moe
 from .problems import FORMS, E, Problem, groups_for, make_inputs, make_stage, own_experts, own_shared, problems
-from .ranks import RankPool
+from .ranks import RankPool, groups_of
 
 OPS = torch.ops.moe_ops
 WEIGHTS = ("w13", "w2", "w13_bias", "w2_bias")
@@ -345,3 +347,24 @@ def run_second_order(rank: int, problem: Problem) -> str:
 def test_second_order_gradients_are_an_error(ranks4: RankPool, form: str) -> None:
     for error in ranks4.run(run_second_order, Problem(form, layout=(4, 1, 1))):
         assert "once_differentiable" in error or "have no gradient" in error
+
+
+def run_second_order_of_a_transport(rank: int, send: bool) -> str:
+    """Nothing but the transport, so that no other op raises first."""
+    group, x = groups_of(4, 1, 1).ep, torch.randn(4, 2).requires_grad_()
+    if send:
+        finish = start_send_copies([x], torch.arange(16).view(4, 4), [0], 16, [4] * 4, [4] * 4, group.name)
+    else:
+        finish = start_gather_rows([x], rows=4, fill=[0], size=4, group=group.name)
+    (grad,) = torch.autograd.grad(finish()[0].square().sum(), x, create_graph=True)
+    try:
+        grad.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("send", [False, True], ids=["gather", "send"])
+def test_second_order_gradients_of_a_transport_are_an_error(ranks4: RankPool, send: bool) -> None:
+    for error in ranks4.run(run_second_order_of_a_transport, send):
+        assert "once_differentiable" in error

@@ -141,6 +141,10 @@ def test_weights_that_do_not_fit_each_other_never_reach_the_kernel() -> None:
     packed, x, ids = pack_for_vllm(plain), torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="columns of topk_weights must be those of topk_ids = 2, got 1"):
         run_packed_experts(x, ids, torch.ones(3, 1), packed, first_expert=0, is_weighed=False)
+    with pytest.raises(ValueError, match=r"w13 must be \[E, 2 \* I, H\] for w2"):
+        run_packed_experts(
+            x, ids, torch.ones(3, 2), packed._replace(w2=packed.w2[:3]), first_expert=0, is_weighed=False
+        )
 
 
 def test_biases_of_any_strides() -> None:
