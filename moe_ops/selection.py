@@ -7,6 +7,7 @@ what all ranks know (the largest token count across DP, not its own).
 import enum
 from typing import NamedTuple
 
+from fake_impls.layout import rows_per_rank
 from moe_ops.cost_types import Calibration, FormCost, LayerShape, RowCopies, Topology
 from moe_ops.costs import predict_costs
 from moe_ops.types import Dispatch, Strategy
@@ -139,7 +140,7 @@ def mc2_capacity(device: DeviceFamily, num_tokens: int, *, tp_size: int, has_meg
     if tp_size < 1:
         raise ValueError(f"mc2_capacity: tp_size must be at least 1, got {tp_size}")
     limit = MEGA_MOE_ROWS if has_mega_moe else MC2_ROWS[device]
-    return min(-(-num_tokens // tp_size), limit) * tp_size
+    return min(rows_per_rank(num_tokens, tp_size), limit) * tp_size
 
 
 def select_by_device(

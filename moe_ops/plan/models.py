@@ -55,7 +55,7 @@ def _size(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> int:
         size = config.get(key)
         if size is None:
             continue
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:  # True is an int, too
             raise ValueError(f"--config {path}: {key} must be a positive integer, got {size!r}")
         return size
     raise ValueError(f"--config {path} must have {' or '.join(keys)}, which is missing")

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
             plot.draw(options.plot, request, plans)
             print(f"\nDrawn: {options.plot}")
     except (ValueError, OSError) as error:
-        print(f"moe-ops plan: {error}", file=sys.stderr)
+        print(f"moe-ops plan: {str(error).removeprefix('plan: ')}", file=sys.stderr)
         return 2
     except ProcessException as error:
         print(f"moe-ops plan: rank {error.error_index} of the calibration failed: {error}", file=sys.stderr)
