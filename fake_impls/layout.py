@@ -24,12 +24,6 @@ def padded_rows(num_tokens: int, size: int) -> int:
     return rows_per_rank(num_tokens, size) * size
 
 
-def chunk_bounds(num_tokens: int, rows: int, rank: int) -> tuple[int, int]:
-    """``(start, length)`` of the real tokens in chunk `rank`, when chunks of `rows` rows are cut from `num_tokens`."""
-    start = torch.sym_min(rank * rows, num_tokens)
-    return start, torch.sym_min(rows, num_tokens - start)
-
-
 def offsets(counts: Sequence[int]) -> list[int]:
     """Where each block starts when blocks of `counts` rows follow one another."""
     starts: list[int] = []

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts stage as pure ``torch.library`` ops that compilers trace whole."""
 
 from moe_ops import reference
+from moe_ops.backends import npu_kernels as npu_kernels  # registers them
 from moe_ops.calibration import calibrate
 from moe_ops.cost_types import Calibration, LayerShape, Link, Topology
 from moe_ops.dynamic import mark_token_axes, token_count

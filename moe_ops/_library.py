@@ -7,6 +7,12 @@ import torch
 
 LIB = torch.library.Library("moe_ops", "DEF")
 
+BODIES: dict[str, dict[str, Callable[..., Any]]] = {}
+"""The kernels of each op that computes, by dispatch key. Those without a key of a device are made of functional aten ops alone,
+and read nothing on the host: a compiler may trace them in place of the op."""
+
+PORTABLE = "CompositeExplicitAutograd"
+
 
 def define(
     schema: str,
@@ -31,13 +37,19 @@ def define(
     LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
     if composite is not None:
         LIB.impl(name, composite, "CompositeImplicitAutograd")
-    else:
-        LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    if kernel is not None:
+        add_kernel(name, kernel, PORTABLE)
         torch.library.register_fake(f"moe_ops::{name}", fake, lib=LIB)
     if backward is not None:
         torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=setup_context, lib=LIB)
     op: Callable[..., Any] = getattr(torch.ops.moe_ops, name).default
     return op
+
+
+def add_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Register one more kernel of an op that computes, for the devices of a dispatch key."""
+    LIB.impl(name, kernel, key)
+    BODIES.setdefault(name, {})[key] = kernel
 
 
 def needs_gradient(tensors: Sequence[torch.Tensor]) -> bool:

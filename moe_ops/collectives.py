@@ -6,16 +6,17 @@ side by side. Packing is a copy, so dtypes and alignments mix freely; byte paylo
 T rows, R rows of a rank, B bytes of a packed row, W ranks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fake_impls import collectives as shapes
-from fake_impls.layout import offsets
-from moe_ops._library import define, needs_gradient
+from fake_impls.layout import largest, offsets
+from moe_ops._library import add_kernel, define, needs_gradient
 from moe_ops.groups import check_group
 from moe_ops.overlap import Finish
 
@@ -76,6 +77,17 @@ def start_exchange(
     return _wait(c10d.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group))
 
 
+def start_even_exchange(x: torch.Tensor, size: int, group: str) -> Finish[torch.Tensor]:
+    """``[size * R, ...] -> [size * R, ...]``: block `i` goes to rank `i`; block `j` of the result came from rank `j`.
+
+    Sent flat, since npugraph_ex (of torch_npu 2.13) takes the numbers of elements that it makes of the splits for splits.
+    """
+    shape = x.shape
+    splits = [shape[0] // size * math.prod(shape[1:])] * size
+    in_flight = c10d.all_to_all_single(x.contiguous().view(-1), splits, splits, group)
+    return lambda: c10d.wait_tensor(in_flight).view(shape)
+
+
 def start_all_reduce(x: torch.Tensor, group: str) -> Finish[torch.Tensor]:
     """``x``, summed over the ranks."""
     return _wait(c10d.all_reduce(x.contiguous(), "sum", group))
@@ -95,15 +107,9 @@ def reduce_scatter(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     return start_reduce_scatter(x, size, group)()
 
 
-def exchange(x: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: str) -> torch.Tensor:
-    """`start_exchange`, waited for."""
-    return start_exchange(x, output_splits, input_splits, group)()
-
-
 def all_to_all(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    """``[size * R, ...] -> [size * R, ...]``: block `i` goes to rank `i`; block `j` of the result came from rank `j`."""
-    splits = [x.shape[0] // size] * size
-    return exchange(x, splits, splits, group)
+    """`start_even_exchange`, waited for."""
+    return start_even_exchange(x, size, group)()
 
 
 def _all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
@@ -112,6 +118,36 @@ def _all_reduce(x: torch.Tensor, group: str, size: int) -> torch.Tensor:
 
 
 def _pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:
+    shapes.check_pack(tensors, rows, fill)
+    num_rows = tensors[0].shape[0]
+    packed_TB = torch.cat([_to_bytes(tensor) for tensor in tensors], dim=1)
+    if statically_known_true(num_rows == rows):
+        return packed_TB
+    missing = [
+        packed_TB.new_full((rows - num_rows, shapes.row_bytes(tensor)), value & 0xFF)  # all bytes 0xFF: -1 in every
+        for tensor, value in zip(tensors, fill, strict=True)  # integer dtype
+    ]
+    return torch.cat((packed_TB, torch.cat(missing, dim=1)))
+
+
+def _to_bytes(x: torch.Tensor) -> torch.Tensor:
+    """``[T, ...] -> uint8 [T, B]``.
+
+    The axis of one element, and the shape that is given in full, are for GE's Bitcast: it appends an axis where torch widens
+    the last one, and the reshape makes both alike.
+    """
+    x_TN1 = x.contiguous().view(x.shape[0], math.prod(x.shape[1:]), 1)
+    return x_TN1.view(torch.uint8).view(x.shape[0], shapes.row_bytes(x))
+
+
+def _from_bytes(x_TB: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse: ``uint8 [T, B] -> [T, ...]``."""
+    x_TNS = x_TB.contiguous().view(x_TB.shape[0], math.prod(like.shape[1:]), like.element_size())
+    return x_TNS.view(like.dtype).view(x_TB.shape[0], *like.shape[1:])
+
+
+def _pack_rows_on_host(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) -> torch.Tensor:
+    """One copy of each byte."""
     shapes.check_pack(tensors, rows, fill)
     columns = [_as_bytes(tensor) for tensor in tensors]
     num_rows = tensors[0].shape[0]
@@ -122,7 +158,7 @@ def _pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) 
     missing_RB = packed_RB.narrow(0, num_rows, rows - num_rows)
     parts = missing_RB.split([column.shape[1] for column in columns], dim=1)
     for part_RB, value in zip(parts, fill, strict=True):
-        part_RB.fill_(value & 0xFF)  # all bytes 0xFF: -1 in every integer dtype
+        part_RB.fill_(value & 0xFF)
     return packed_RB
 
 
@@ -137,6 +173,15 @@ def _as_bytes(x: torch.Tensor) -> torch.Tensor:
 def _unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     widths = [shapes.row_bytes(tensor) for tensor in like]
     shapes.check_unpack(packed, sum(widths))
+    parts = [packed.narrow(1, start, width) for start, width in zip(offsets(widths), widths, strict=True)]
+    copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [_from_bytes(copy, tensor) for copy, tensor in zip(copies, like, strict=True)]
+
+
+def _unpack_rows_on_host(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """With fewer calls."""
+    widths = [shapes.row_bytes(tensor) for tensor in like]
+    shapes.check_unpack(packed, sum(widths))
     unpacked = []
     for tensor, start, width in zip(like, offsets(widths), widths, strict=True):
         x = torch.narrow_copy(packed, 1, start, width).view(tensor.dtype)
@@ -146,15 +191,18 @@ def _unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[tor
 
 def _compact_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     shapes.compact_rows(x, counts)
-    block = max(counts)
+    block = largest(counts)
     return torch.cat([x[rank * block : rank * block + count] for rank, count in enumerate(counts)])
 
 
 def _expand_rows(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     shapes.expand_rows(x, counts)
-    return pad_sequence(
-        [x[start : start + count] for start, count in zip(offsets(counts), counts, strict=True)], batch_first=True
-    ).flatten(0, 1)
+    block = largest(counts)
+    zeros = x.new_zeros(block, *x.shape[1:])
+    parts = [
+        (x[start : start + count], zeros[: block - count]) for start, count in zip(offsets(counts), counts, strict=True)
+    ]
+    return torch.cat([part for pair in parts for part in pair])
 
 
 def _compact_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -175,6 +223,8 @@ pack_rows = define(
 unpack_rows = define(
     "unpack_rows(Tensor packed, Tensor[] like) -> Tensor[]", kernel=_unpack_rows, fake=shapes.unpack_rows
 )
+add_kernel("pack_rows", _pack_rows_on_host, "CPU")
+add_kernel("unpack_rows", _unpack_rows_on_host, "CPU")
 compact_rows = define(
     "compact_rows(Tensor x, SymInt[] counts) -> Tensor",
     kernel=_compact_rows,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from fake_impls import experts as shapes
 from fake_impls.checks import FLOATS, check_dtype
-from moe_ops._library import LIB, define, no_gradient
+from moe_ops._library import add_kernel, define, no_gradient
+from moe_ops.backends import npu
 from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations
 from moe_ops.types import ExpertWeights, Quant, WeightLayout
 
@@ -53,14 +54,14 @@ def _grouped_linear_on_host(
 
 
 def _grouped_outer(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    outer_ENH = shapes.grouped_outer(a, b, counts)
+    shape = shapes.grouped_outer(a, b, counts).shape
     if not a.shape[0]:
-        return outer_ENH.zero_()
+        return a.new_zeros(shape)
     ends_E = counts.cumsum(0, dtype=torch.int32)
     aligned_a, aligned_b = _dense(_align(a, 1)), _dense(_align(b, 1))
     product = F.grouped_mm(aligned_a.t(), aligned_b, offs=ends_E)
     filled_E11 = (counts > 0).view(-1, 1, 1)
-    return outer_ENH.copy_(torch.where(filled_E11, product[:, : a.shape[1], : b.shape[1]], 0))
+    return torch.where(filled_E11, product[:, : a.shape[1], : b.shape[1]], 0).contiguous()
 
 
 def _grouped_outer_on_host(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -74,11 +75,11 @@ def _grouped_outer_on_host(a: torch.Tensor, b: torch.Tensor, counts: torch.Tenso
 
 
 def _sum_groups(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    sums_EN = shapes.sum_groups(x, counts)
+    shapes.sum_groups(x, counts)
     row_R = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(counts.cumsum(0), row_R, right=True)  # past the last group: one more
     total_EN = x.new_zeros(counts.shape[0] + 1, x.shape[1], dtype=torch.float32)
-    return sums_EN.copy_(total_EN.index_add_(0, expert_R, x.to(torch.float32))[:-1])
+    return total_EN.index_add(0, expert_R, x.to(torch.float32))[:-1].to(x.dtype, copy=True)
 
 
 def _operand(weight_ENH: torch.Tensor) -> torch.Tensor:
@@ -121,14 +122,14 @@ grouped_linear = define(
     backward=_linear_backward,
     setup_context=_keep_operands,
 )
-LIB.impl("grouped_linear", _grouped_linear_on_host, "CPU")
+add_kernel("grouped_linear", _grouped_linear_on_host, "CPU")
 grouped_outer = define(
     "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor",
     kernel=_grouped_outer,
     fake=shapes.grouped_outer,
     backward=no_gradient,
 )
-LIB.impl("grouped_outer", _grouped_outer_on_host, "CPU")
+add_kernel("grouped_outer", _grouped_outer_on_host, "CPU")
 sum_groups = define(
     "sum_groups(Tensor x, Tensor counts) -> Tensor",
     kernel=_sum_groups,
@@ -145,6 +146,8 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     """
     if activation not in shapes.ACTIVATIONS:
         raise ValueError(f"experts: activation must be one of {shapes.ACTIVATIONS}, got {activation!r}")
+    if activation == "silu" and npu.is_on_npu(x):
+        return npu.swiglu(x)
     if activation == "swigluoai":
         gate, up = x[:, ::2].clamp(max=SWIGLU_LIMIT), x[:, 1::2].clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
         return gate * _each(torch.sigmoid, gate * SWIGLU_ALPHA) * (up + 1)
@@ -160,7 +163,7 @@ def _each(function: Callable[[torch.Tensor], torch.Tensor], x_RI: torch.Tensor) 
     torch's vector loops leave the last few elements to scalar code that rounds in another way, so that a row's values would
     depend on how many rows there are.
     """
-    missing = -x_RI.shape[1] % VECTOR
+    missing = -x_RI.shape[1] % VECTOR if x_RI.device.type == "cpu" else 0
     padded = F.pad(x_RI, (0, missing)) if missing else x_RI.contiguous()
     return function(padded)[:, : x_RI.shape[1]]
 
@@ -191,7 +194,7 @@ def run_experts(
         dtype: of the result; None: that of `rows`. Needed with `scale`.
 
     Returns:
-        ``[R, H]``, zero past the last group.
+        ``[R, H]``; rows past the last group hold nothing to rely on: zero from the portable kernels, anything from an NPU's.
 
     Raises:
         ValueError: shapes do not fit each other, or the weights are packed.
@@ -201,10 +204,16 @@ def run_experts(
     """
     if scale is not None and (dtype is None or quant is Quant.NONE):
         raise ValueError(f"experts: dtype and quant must be given for quantised rows, got {dtype} and {quant}")
-    if experts.layout is not WeightLayout.PLAIN:
-        raise ValueError(f"experts: experts must have WeightLayout.PLAIN, got {experts.layout}")
-    shapes.check_experts(counts, experts.w13, experts.w2)
     dtype = rows.dtype if dtype is None else dtype
+    if npu.is_on_npu(rows) and npu.can_run_quantized_experts(experts, quant, dtype):
+        quantized = quantize_activations(rows, quant=quant) if scale is None else (rows, scale)
+        return npu.run_quantized_experts(*quantized, counts, experts, dtype)
+    if experts.layout is WeightLayout.NPU and quant is Quant.NONE and experts.w13_scale is None:
+        inner = activate(npu.grouped_linear(rows, counts, experts.w13, experts.w13_bias), experts.activation)
+        return npu.grouped_linear(inner, counts, experts.w2, experts.w2_bias)
+    if experts.layout is not WeightLayout.PLAIN:
+        raise ValueError(f"experts: experts must have WeightLayout.PLAIN with {quant}, got {experts.layout}")
+    shapes.check_experts(counts, experts.w13, experts.w2)
     hidden_size = experts.w2.shape[1]
     is_quantized = quant is not Quant.NONE or experts.w13_scale is not None or experts.w2_scale is not None
     is_float32 = is_quantized or experts.w13.dtype is torch.float32

@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fake_impls.checks import check_at_most
 from fake_impls.layout import expert_parallel_rank
 from fake_impls.strategies.all2all import check_tokens
-from moe_ops.collectives import all_reduce, on_rank_zero
+from moe_ops._library import needs_gradient
+from moe_ops.backends import npu_mc2
+from moe_ops.collectives import all_reduce, on_rank_zero, pad_rows
 from moe_ops.dispatchers import start_combine, start_dispatch
 from moe_ops.dispatchers.local import combine_local, dispatch_local, weigh_input
 from moe_ops.experts import run_experts
@@ -61,6 +64,11 @@ class Layer(NamedTuple):
     def travels_quantized(self) -> bool:
         """Whether activations are quantised before they travel. Weights on the input come first, where the experts are."""
         return self.quant is not Quant.NONE and not self.is_weighed
+
+    def needs_gradient(self, *tensors: torch.Tensor) -> bool:
+        """Whether autograd records what is done to these tensors and the experts."""
+        weights = [weight for weight in self.experts if isinstance(weight, torch.Tensor)]
+        return needs_gradient([*tensors, *weights])
 
     @property
     def is_weighed(self) -> bool:
@@ -177,6 +185,10 @@ def run_exchanged(
     topk_weights, topk_ids = route(prepared.router_logits, layer.routing, is_active=is_active, input_ids=input_ids)
     if layer.dispatch is Dispatch.FIXED_CAPACITY:  # as many as any rank has: nothing is dropped
         check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
+        if not layer.is_weighed and not layer.needs_gradient(x, topk_weights) and npu_mc2.can_exchange(x, layer.quant):
+            routed = _exchange_by_mc2(x, topk_ids, topk_weights, layer, common)
+            yield from _finish_exchanged(routed, state, layer, ending, ending.begin())
+            return
     payload, scale = quantize_activations(x, quant=layer.quant) if layer.travels_quantized else (x, None)
     sent = Transfer(
         partial(
@@ -194,13 +206,34 @@ def run_exchanged(
     shares = _run_experts(rows[0], rows[1], rows[2], rows[3] if len(rows) == 4 else None, layer, x.dtype)
     returned: Transfer[torch.Tensor, None] = Transfer(partial(start_combine, shares, exchange, ep=groups.ep))
     yield returned
+    yield from _finish_exchanged(returned.arrived, state, layer, ending, sent.computed)
+
+
+def _finish_exchanged(
+    routed: torch.Tensor, state: State, layer: Layer, ending: Ending, local_part: torch.Tensor | None
+) -> Steps[torch.Tensor]:
+    """Bring the rows, which are complete, back to where their tokens came from, and add what comes after."""
     gathered: Transfer[torch.Tensor, None] = Transfer(
-        partial(start_finalize, returned.arrived, state, strategy=layer.strategy, groups=groups)
+        partial(start_finalize, routed, state, strategy=layer.strategy, groups=layer.groups)
     )
     yield gathered
-    ended = ending.transfer(gathered.arrived, sent.computed)
+    ended = ending.transfer(gathered.arrived, local_part)
     yield ended
     yield Result(ended.arrived)
+
+
+def _exchange_by_mc2(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: Layer, common: int
+) -> torch.Tensor:
+    """Dispatch, experts and combine by the fused ops of an NPU, which leave nothing in flight."""
+    num_rows, num_local, ep = x.shape[0], layer.num_local_experts, layer.groups.ep
+    topk_ids, topk_weights = pad_rows(topk_ids, common, -1), pad_rows(topk_weights, common)
+    rows, scale, counts, sent = npu_mc2.dispatch(
+        pad_rows(x, common), topk_ids, topk_weights, num_local_experts=num_local, ep=ep, quant=layer.quant
+    )
+    y = run_experts(rows, counts, layer.experts, scale=scale, quant=layer.quant, dtype=x.dtype)
+    combined = npu_mc2.combine(y, sent, num_local_experts=num_local, ep=ep)
+    return combined if statically_known_true(num_rows == common) else combined.narrow(0, 0, num_rows)
 
 
 def _start_gather(
@@ -219,7 +252,7 @@ def _run_experts(
 ) -> torch.Tensor:
     """This rank's share of each row that is here: the weighted sum of its own experts' results."""
     first_expert = layer.groups.ep.rank * layer.num_local_experts
-    if layer.experts.layout is not WeightLayout.PLAIN:
+    if layer.experts.layout is WeightLayout.VLLM_CPU:
         rows = hidden_states, topk_ids, topk_weights
         return run_packed_experts(*rows, layer.experts, first_expert=first_expert, is_weighed=layer.is_weighed)
     local = dispatch_local(

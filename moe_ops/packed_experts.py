@@ -5,23 +5,38 @@ import torch
 from fake_impls.backends.vllm_cpu import check_weights
 from fake_impls.checks import FLOATS
 from fake_impls.experts import ACTIVATIONS
-from moe_ops.backends import vllm_cpu
-from moe_ops.types import ExpertWeights, WeightLayout
+from moe_ops.backends import npu, vllm_cpu
+from moe_ops.types import ExpertWeights, Quant, WeightLayout
 
 
 def prepack_experts(experts: ExpertWeights) -> ExpertWeights:
     """The same experts, packed for the fastest kernel that there is for them; as they are, where that reads plain weights.
 
-    On a CPU that is vLLM's kernel, if vLLM is installed. Packed weights take as much memory as plain ones, and only `moe_stage`
-    reads them: drop the plain ones. They have no gradient, and activations are not quantised with them.
+    On a CPU that is vLLM's kernel, if vLLM is installed; quantised weights come back as they are, and activations are not
+    quantised with packed ones. On an Ascend NPU, weights in half precision are transposed, and int8 ones (A2, A3; for
+    ``Quant.W8A8``) put in the format of the fused kernel, which ``torch.npu.config.allow_internal_format`` has to allow.
+
+    Packed weights take as much memory as plain ones, and only the experts read them: drop the plain ones. They have no gradient.
 
     Args:
-        experts: in any dtype that experts have; quantised ones come back as they are.
+        experts: in any dtype that experts have.
 
     Returns:
         the experts, `layout` saying how they lie in memory.
     """
+    if npu.is_on_npu(experts.w13):
+        return _pack_for_npu(experts)
     return pack_for_vllm(experts) if why_not_vllm(experts) is None else experts
+
+
+def _pack_for_npu(experts: ExpertWeights) -> ExpertWeights:
+    """Half weights, and int8 ones where A2 and A3 have a kernel for them; others are read as they are."""
+    is_half = experts.w13.dtype in (torch.bfloat16, torch.float16) and experts.w2.dtype is experts.w13.dtype
+    is_int8 = npu.can_run_quantized_experts(experts, Quant.W8A8, torch.bfloat16) and npu.soc_version() < npu.ASCEND_950
+    if experts.layout is not WeightLayout.PLAIN or not (is_half or is_int8):
+        return experts
+    w13, w2 = npu.pack_weights(experts.w13), npu.pack_weights(experts.w2)
+    return experts._replace(w13=w13, w2=w2, layout=WeightLayout.NPU)
 
 
 def why_not_vllm(experts: ExpertWeights) -> str | None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from fake_impls import quantize as shapes
 from fake_impls.checks import FLOATS, check_choice, check_dim, check_dtype
+from fake_impls.layout import ceil_div
 from fake_impls.quantize import BLOCK
 from moe_ops._library import define, needs_gradient, no_gradient
 from moe_ops.types import Quant
@@ -32,77 +33,79 @@ MANTISSA_BITS = 23  # of float32
 
 
 def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    quantized_TH, scale_T = shapes.quantize_int8(x)
+    shapes.check_input(x)
     x_TH = x.to(torch.float32)
     amax_T = x_TH.abs().amax(dim=1) if x.shape[1] else x_TH.new_zeros(x.shape[0])
-    scale_T.copy_(torch.where(amax_T.isfinite(), amax_T / INT8_MAX, torch.nan))
+    scale_T = torch.where(amax_T < torch.inf, amax_T / INT8_MAX, torch.nan)  # NaN is not below, either
     scale_T1 = scale_T.unsqueeze(1)
     elements_TH = (x_TH / scale_T1).round().clamp(-INT8_MAX, INT8_MAX)
-    quantized_TH.copy_(torch.where(scale_T1 > 0, elements_TH, 0.0))  # else the scale is 0, or NaN
-    return quantized_TH, scale_T
+    return _cast(torch.where(scale_T1 > 0, elements_TH, 0.0), torch.int8), scale_T  # else the scale is 0, or NaN
 
 
 def _dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    values_TH = shapes.dequantize_int8(quantized, scale, dtype)
-    return values_TH.copy_(quantized.to(torch.float32) * scale.unsqueeze(1))
+    shapes.dequantize_int8(quantized, scale, dtype)
+    return _cast(quantized.to(torch.float32) * scale.unsqueeze(1), dtype)
 
 
-def _scale_blocks(x: torch.Tensor, emax: int, scale_TB: torch.Tensor) -> torch.Tensor:
-    """Fill in the e8m0 scales; ``x / scale`` in float32 ``[T, H]``, zero where the scale is NaN."""
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _scale_blocks(x: torch.Tensor, emax: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x / scale`` in float32 ``[T, H]``, zero where the scale is NaN, and the e8m0 scales."""
     num_tokens, hidden_size = x.shape
-    blocks = scale_TB.shape[1]
+    blocks = ceil_div(hidden_size, BLOCK)
     x_TBK = F.pad(x.to(torch.float32), (0, blocks * BLOCK - hidden_size)).view(num_tokens, blocks, BLOCK)
     # The exponent bits of a float32 are floor(log2) + 127, the bias of e8m0, and 255 for infinity and NaN alike.
     biased_TB = x_TBK.abs().amax(dim=2).view(torch.int32) >> MANTISSA_BITS
     is_nan_TB = biased_TB == E8M0_NAN
     code_TB = torch.where(is_nan_TB, E8M0_NAN, (biased_TB - emax).clamp(min=0))
-    scale_TB.view(torch.uint8).copy_(code_TB)
     # 2 ** (127 - code), exactly: the bits of a float32 whose exponent is 254 - code.
     inverse_TB = ((2 * E8M0_BIAS - code_TB).clamp(min=0) << MANTISSA_BITS).view(torch.float32)
     scaled_TBK = torch.where(is_nan_TB.unsqueeze(2), 0.0, x_TBK * inverse_TB.unsqueeze(2))
-    return scaled_TBK.view(num_tokens, blocks * BLOCK)[:, :hidden_size]
+    scaled_TH = scaled_TBK.view(num_tokens, blocks * BLOCK)[:, :hidden_size]
+    return scaled_TH, _cast(code_TB, torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _times_scales(elements_TH: torch.Tensor, scale_TB: torch.Tensor) -> torch.Tensor:
-    scale_TH = scale_TB.view(torch.float8_e8m0fnu).to(torch.float32).repeat_interleave(BLOCK, dim=1)
-    return elements_TH * scale_TH[:, : elements_TH.shape[1]]
+    scale_TB1 = scale_TB.view(torch.float8_e8m0fnu).to(torch.float32).unsqueeze(2)
+    return elements_TH * scale_TB1.expand(-1, -1, BLOCK).flatten(1)[:, : elements_TH.shape[1]]
 
 
 def _quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    quantized_TH, scale_TB = shapes.quantize_mxfp8(x)
-    scaled_TH = _scale_blocks(x, E4M3_EMAX, scale_TB)
-    quantized_TH.copy_(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX))  # to nearest even; not every device saturates
-    return quantized_TH, scale_TB
+    shapes.check_input(x)
+    scaled_TH, scale_TB = _scale_blocks(x, E4M3_EMAX)
+    # To nearest even; not every device saturates.
+    return _cast(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX), torch.float8_e4m3fn), scale_TB
 
 
 def _dequantize_mxfp8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    values_TH = shapes.dequantize_mxfp8(quantized, scale, dtype)
-    return values_TH.copy_(_times_scales(quantized.view(torch.float8_e4m3fn).to(torch.float32), scale))
+    shapes.dequantize_mxfp8(quantized, scale, dtype)
+    return _cast(_times_scales(quantized.view(torch.float8_e4m3fn).to(torch.float32), scale), dtype)
 
 
 def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs_TP, scale_TB = shapes.quantize_mxfp4(x)
-    scaled_TH = _scale_blocks(x, E2M1_EMAX, scale_TB)
+    shapes.check_input(x)
+    scaled_TH, scale_TB = _scale_blocks(x, E2M1_EMAX)
     magnitude_TH = scaled_TH.abs().clamp(max=E2M1_MAX)
     # Codes 0 to 7 go in steps of 0.5 below 2, of 1 below 4 and of 2 from there; round() takes ties to even codes.
     coarse_TH = torch.where(magnitude_TH < 4, magnitude_TH.round() + 2, (magnitude_TH / 2).round() + 4)
     code_TH = torch.where(magnitude_TH < 2, (magnitude_TH * 2).round(), coarse_TH).to(torch.uint8)
     code_TH = code_TH | (scaled_TH.signbit().to(torch.uint8) << 3)
-    low_TP, high_TP = F.pad(code_TH, (0, x.shape[1] % 2)).unflatten(1, (pairs_TP.shape[1], 2)).unbind(2)
-    pairs_TP.view(torch.uint8).copy_(low_TP | (high_TP << 4))
-    return pairs_TP, scale_TB
+    low_TP, high_TP = F.pad(code_TH, (0, x.shape[1] % 2)).unflatten(1, (ceil_div(x.shape[1], 2), 2)).unbind(2)
+    return _cast(low_TP | (high_TP << 4), torch.uint8).view(torch.float4_e2m1fn_x2), scale_TB
 
 
 def _dequantize_mxfp4(
     quantized: torch.Tensor, scale: torch.Tensor, hidden_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    values_TH = shapes.dequantize_mxfp4(quantized, scale, hidden_size, dtype)
+    shapes.dequantize_mxfp4(quantized, scale, hidden_size, dtype)
     code_TH = torch.stack((quantized & 0xF, quantized >> 4), dim=2).flatten(1)[:, :hidden_size]
     step_TH = code_TH & 7
     # 0, 0.5, 1, 1.5, 2, then 3, 4, 6: computed, since a table would have to be sent to the device.
     beyond_TH = step_TH.to(torch.float32) - 2 + (step_TH == 7)
     magnitude_TH = torch.where(step_TH < 5, step_TH.to(torch.float32) * 0.5, beyond_TH)
-    return values_TH.copy_(_times_scales(torch.where(code_TH > 7, -magnitude_TH, magnitude_TH), scale))
+    return _cast(_times_scales(torch.where(code_TH > 7, -magnitude_TH, magnitude_TH), scale), dtype)
 
 
 quantize_int8 = define(

@@ -28,7 +28,7 @@ def _route(
     input_ids: torch.Tensor | None,
     token_to_experts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights_TK, ids_TK = shapes.route(
+    shapes.route(
         router_logits,
         top_k,
         scoring,
@@ -66,7 +66,7 @@ def _route(
         chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
     if routed_scaling_factor != 1:
         chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
-    return weights_TK.copy_(chosen_weights_TK), ids_TK.copy_(chosen_TK)
+    return chosen_weights_TK.contiguous(), chosen_TK.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _score(logits_TE: torch.Tensor, scoring: str) -> torch.Tensor:
@@ -85,26 +85,26 @@ def _best_groups(choice_TE: torch.Tensor, num_groups: int, topk_group: int, has_
     choice_TGS = choice_TE.unflatten(1, (num_groups, -1))
     best = choice_TGS.topk(min(2 if has_bias else 1, choice_TGS.shape[2]), dim=2).values
     chosen_TC = _descending(best.sum(dim=2))[:, :topk_group]
-    is_chosen_TG = torch.zeros_like(best[:, :, 0], dtype=torch.bool).scatter_(1, chosen_TC, True)
-    return is_chosen_TG.repeat_interleave(choice_TGS.shape[2], dim=1)
+    is_chosen_TG = torch.zeros_like(best[:, :, 0], dtype=torch.bool).scatter(1, chosen_TC, True)
+    return is_chosen_TG.unsqueeze(2).expand_as(choice_TGS).flatten(1)
 
 
 def _map_to_physical(topk_ids: torch.Tensor, logical_to_physical: torch.Tensor) -> torch.Tensor:
-    physical_TK = shapes.map_to_physical(topk_ids, logical_to_physical)
+    shapes.map_to_physical(topk_ids, logical_to_physical)
     slots_ER = logical_to_physical if logical_to_physical.dim() == 2 else logical_to_physical.unsqueeze(1)
     slots_ER = slots_ER.gather(1, _descending(slots_ER >= 0))  # those that there are come first
     logical_TK = topk_ids.clamp(min=0).to(torch.int64)
     num_replicas_TK = (slots_ER >= 0).sum(dim=1)[logical_TK].clamp(min=1)
     token_T1 = torch.arange(topk_ids.shape[0], device=topk_ids.device).unsqueeze(1)
     slots_TK = slots_ER[logical_TK, token_T1 % num_replicas_TK]
-    return physical_TK.copy_(torch.where(topk_ids >= 0, slots_TK, -1))
+    return torch.where(topk_ids >= 0, slots_TK, -1).to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _count_expert_load(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     shapes.count_expert_load(topk_ids, num_experts)
     ids_R = topk_ids.flatten().to(torch.int64)
     ids_R = torch.where(ids_R >= 0, ids_R, num_experts)  # one more slot, for choices of nothing
-    counts = ids_R.new_zeros(num_experts + 1).scatter_add_(0, ids_R, torch.ones_like(ids_R))
+    counts = ids_R.new_zeros(num_experts + 1).scatter_add(0, ids_R, torch.ones_like(ids_R))
     return counts[:num_experts].clone()
 
 

@@ -1,13 +1,14 @@
 """The whole stage, composed of its steps: prepare -> route -> dispatch -> experts -> combine -> finalize."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 
 import torch
 
 from fake_impls.checks import FLOATS, check_choice, check_dtype
 from fake_impls.layout import common_rows, largest
 from fake_impls.strategies.allgather import check_counts
-from moe_ops.groups import ParallelGroups
+from moe_ops.groups import Group, ParallelGroups
 from moe_ops.layer import Ending, Layer, run_exchanged, run_gathered
 from moe_ops.overlap import Steps, at_once
 from moe_ops.strategies import prepare
@@ -82,6 +83,7 @@ def moe_stage_steps(
     For what it does not return (expert load, rows beyond a smaller capacity) compose the steps: each is a function of its own.
     Gradients: see the README; that of a rank is the gradient of the sum over all ranks of what they differentiate.
     """
+    groups = _specialize(groups, [*experts, *(shared_experts or ())])
     layer = Layer(experts, routing, strategy, groups, _dispatch_kind(strategy, groups, dispatch), quant)
     _check(layer, tokens_are_sharded)
     check_dtype("moe_stage", "hidden_states", hidden_states, FLOATS)
@@ -119,6 +121,19 @@ def moe_stage_steps(
 moe_stage = at_once(moe_stage_steps, "moe_stage")
 
 
+def _specialize(groups: ParallelGroups, weights: Iterable[object]) -> ParallelGroups:
+    """Plain numbers where ``torch.compile(dynamic=True)`` makes symbols of them: group sizes, ranks and the shapes of weights,
+    none of which changes from call to call."""
+    if not torch.compiler.is_dynamo_compiling():
+        return groups
+    for weight in weights:
+        if isinstance(weight, torch.Tensor):
+            for size in weight.shape:
+                index(size)
+    tp, dp, ep, pcp = [Group(name, index(size), index(rank)) for name, size, rank in groups]
+    return ParallelGroups(tp, dp, ep, pcp)
+
+
 def _dispatch_kind(strategy: Strategy, groups: ParallelGroups, dispatch: Dispatch | None) -> Dispatch:
     check_choice("moe_stage", "strategy", strategy, Strategy)
     kind = DEFAULT_DISPATCH[strategy] if dispatch is None else dispatch
@@ -131,7 +146,7 @@ def _dispatch_kind(strategy: Strategy, groups: ParallelGroups, dispatch: Dispatc
 def _check(layer: Layer, tokens_are_sharded: bool) -> None:
     groups, routing = layer.groups, layer.routing
     check_choice("moe_stage", "quant", layer.quant, Quant)
-    if layer.experts.layout is not WeightLayout.PLAIN and layer.quant is not Quant.NONE:
+    if layer.experts.layout is WeightLayout.VLLM_CPU and layer.quant is not Quant.NONE:
         raise ValueError(f"moe_stage: quant must be NONE with packed experts, got {layer.quant}")
     num_slots = routing.num_experts + routing.num_redundant_experts
     if layer.num_local_experts * groups.ep.size != num_slots:

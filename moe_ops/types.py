@@ -142,6 +142,8 @@ class WeightLayout(enum.Enum):
     PLAIN = "plain"
     VLLM_CPU = "vllm_cpu"
     """As vLLM's CPU kernel has packed them: a tensor of the same shape that no other kernel can read."""
+    NPU = "npu"
+    """As Ascend's kernels read them: `w13` ``[E, H, 2 * I]``, `w2` ``[E, I, H]``; int8 in the FRACTAL_NZ format."""
 
 
 class ExpertWeights(NamedTuple):

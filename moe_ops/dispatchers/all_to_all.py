@@ -45,7 +45,8 @@ def _dispatch(
     size: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[int], list[int]]:
     positions, send_splits, receive_splits = _plan(topk_ids, num_local_experts, group, size)
-    received = start_send_copies(tensors, positions, fill, total(send_splits), send_splits, receive_splits, group)()
+    splits = send_splits, receive_splits
+    received = start_send_copies(tensors, positions, fill, total(send_splits), splits, group)()
     return received, positions, send_splits, receive_splits
 
 

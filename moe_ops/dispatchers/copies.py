@@ -5,16 +5,19 @@ before it sends one row back. N rows of this rank, K top-k, H hidden, W ranks, B
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from fake_impls.dispatchers import copies as shapes
 from moe_ops._library import define, needs_gradient
-from moe_ops.collectives import exchange, pack_rows, start_exchange, unpack_rows
+from moe_ops.collectives import pack_rows, start_even_exchange, start_exchange, unpack_rows
 from moe_ops.dispatchers.local import sources, unpermute
 from moe_ops.overlap import Finish
+
+Splits: TypeAlias = int | tuple[Sequence[int], Sequence[int]]
+"""How many of the rows go to each rank and come from each; for an even exchange, the number of ranks."""
 
 FILL = (0, -1, 0, 0)
 """What a row that is sent empty holds: hidden states, ids (routed nowhere), weights and scales."""
@@ -27,7 +30,7 @@ def _plan_copies(
     rank_NK = topk_ids.to(torch.int64).div(num_local_experts, rounding_mode="floor")  # -1 stays -1
     rank_NK = torch.where((topk_ids >= 0) & (rank_NK < size), rank_NK, size)
     goes_NW = torch.zeros(topk_ids.shape[0], size + 1, dtype=torch.int64, device=topk_ids.device)
-    goes_NW = goes_NW.scatter_(1, rank_NK, 1)[:, :size]
+    goes_NW = goes_NW.scatter(1, rank_NK, 1)[:, :size]
     slots_NW = goes_NW.cumsum(0) - 1
     counts_W = goes_NW.sum(0)
     if capacity is None:
@@ -66,19 +69,18 @@ def start_send_copies(
     positions: torch.Tensor,
     fill: Sequence[int],
     rows: int,
-    send_splits: Sequence[int],
-    receive_splits: Sequence[int],
+    splits: Splits,
     group: str,
 ) -> Finish[list[torch.Tensor]]:
     """Send the `rows` copies that `plan_copies` placed, all tensors packed in one all-to-all over `group`.
 
-    ``[N, ...] each -> [sum(receive_splits), ...] each``, in the order of the ranks that the rows came from. Where a gradient
+    ``[N, ...] each -> [rows received, ...] each``, in the order of the ranks that the rows came from. Where a gradient
     is needed, it is waited for at once.
     """
     if needs_gradient(tensors):
-        received = list(_SendCopies.apply(positions, fill, rows, send_splits, receive_splits, group, *tensors))  # type: ignore[no-untyped-call]
+        received = list(_SendCopies.apply(positions, fill, rows, splits, group, *tensors))  # type: ignore[no-untyped-call]
         return lambda: received
-    return _start_send_copies(tensors, positions, fill, rows, send_splits, receive_splits, group)
+    return _start_send_copies(tensors, positions, fill, rows, splits, group)
 
 
 def _start_send_copies(
@@ -86,13 +88,19 @@ def _start_send_copies(
     positions: torch.Tensor,
     fill: Sequence[int],
     rows: int,
-    send_splits: Sequence[int],
-    receive_splits: Sequence[int],
+    splits: Splits,
     group: str,
 ) -> Finish[list[torch.Tensor]]:
     packed_SB = pack_copies(tensors, positions, rows, fill)
-    wait = start_exchange(packed_SB, receive_splits, send_splits, group)
+    wait = _start_exchange(packed_SB, splits, group)
     return lambda: unpack_rows(wait(), tensors)
+
+
+def _start_exchange(x: torch.Tensor, splits: Splits, group: str) -> Finish[torch.Tensor]:
+    if isinstance(splits, int):
+        return start_even_exchange(x, splits, group)
+    send_splits, receive_splits = splits
+    return start_exchange(x, receive_splits, send_splits, group)
 
 
 class _SendCopies(torch.autograd.Function):
@@ -105,15 +113,14 @@ class _SendCopies(torch.autograd.Function):
         positions: torch.Tensor,
         fill: Sequence[int],
         rows: int,
-        send_splits: Sequence[int],
-        receive_splits: Sequence[int],
+        splits: Splits,
         group: str,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        received = _start_send_copies(tensors, positions, fill, rows, send_splits, receive_splits, group)()
+        received = _start_send_copies(tensors, positions, fill, rows, splits, group)()
         ctx.save_for_backward(positions)
-        ctx.send_splits, ctx.receive_splits, ctx.group = send_splits, receive_splits, group
-        is_needed = ctx.needs_input_grad[6:]
+        ctx.splits, ctx.group = splits if isinstance(splits, int) else splits[::-1], group
+        is_needed = ctx.needs_input_grad[5:]
         ctx.mark_non_differentiable(*(x for x, needs in zip(received, is_needed, strict=True) if not needs))
         return tuple(received)
 
@@ -121,9 +128,9 @@ class _SendCopies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
-        is_needed = ctx.needs_input_grad[6:]
+        is_needed = ctx.needs_input_grad[5:]
         needed = [grad for grad, needs in zip(grads, is_needed, strict=True) if needs]
         packed_RB = pack_rows(needed, needed[0].shape[0], [0] * len(needed))
-        returned = iter(unpack_rows(exchange(packed_RB, ctx.send_splits, ctx.receive_splits, ctx.group), needed))
+        returned = iter(unpack_rows(_start_exchange(packed_RB, ctx.splits, ctx.group)(), needed))
         summed = [unpermute(next(returned), None, positions) if needs else None for needs in is_needed]
-        return None, None, None, None, None, None, *summed
+        return None, None, None, None, None, *summed

@@ -11,7 +11,7 @@ import torch
 
 from fake_impls.dispatchers import fixed_capacity as shapes
 from moe_ops._library import define
-from moe_ops.collectives import start_exchange
+from moe_ops.collectives import start_even_exchange
 from moe_ops.dispatchers.all_to_all import group_received
 from moe_ops.dispatchers.copies import FILL, plan_copies, start_send_copies
 from moe_ops.dispatchers.local import LocalDispatch, combine_local, unpermute
@@ -55,8 +55,7 @@ def _start_dispatch(
 ) -> tuple[Finish[list[torch.Tensor]], FixedCapacityState]:
     check_group("dispatch", "ep", group, size)
     positions, counts_W = plan_copies(topk_ids, num_local_experts, size, capacity)
-    splits = [capacity] * size
-    wait = start_send_copies(tensors, positions, fill, size * capacity, splits, splits, group)
+    wait = start_send_copies(tensors, positions, fill, size * capacity, size, group)
     return wait, FixedCapacityState(positions, (counts_W - capacity).clamp(min=0).sum())
 
 
@@ -67,8 +66,7 @@ def _combine(rows: torch.Tensor, positions: torch.Tensor, group: str, size: int)
 def _start_combine(rows: torch.Tensor, positions: torch.Tensor, group: str, size: int) -> Finish[torch.Tensor]:
     check_group("combine", "ep", group, size)
     shapes.check_combine(rows, positions, size)
-    splits = [rows.shape[0] // size] * size
-    wait = start_exchange(rows, splits, splits, group)
+    wait = start_even_exchange(rows, size, group)
     return lambda: unpermute(wait(), None, positions)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.dispatchers import local as shapes
-from moe_ops._library import LIB, define, no_gradient
+from moe_ops._library import add_kernel, define, no_gradient
 
 
 class LocalState(NamedTuple):
@@ -72,8 +72,9 @@ def _order(
     is_local_R = (local_R >= 0) & (local_R < num_local_experts)  # -1 is below any first expert
     group_R = torch.where(is_local_R, local_R, num_local_experts)  # the last group: experts of other ranks, id -1
     order_R = torch.argsort(group_R, stable=True)
-    counts = group_R.new_zeros(num_local_experts + 1).scatter_add_(0, group_R, torch.ones_like(group_R))
-    positions_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
+    counts = group_R.new_zeros(num_local_experts + 1).scatter_add(0, group_R, torch.ones_like(group_R))
+    place_R = torch.arange(order_R.shape[0], device=order_R.device)
+    positions_R = torch.zeros_like(order_R).scatter(0, order_R, place_R)
     positions = torch.where(is_local_R, positions_R, -1).view(num_rows, top_k)
     return order_R // top_k, counts[:num_local_experts].clone(), positions
 
@@ -86,8 +87,8 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
     for choice, positions_N in enumerate(positions.unbind(1)):  # one fixed order
         rows_NH = rows.index_select(0, positions_N.clamp(min=0)).to(torch.float32)
         if weights is not None:
-            rows_NH *= weights[:, choice].unsqueeze(1)
-        total_NH += torch.where(positions_N.unsqueeze(1) >= 0, rows_NH, 0.0)  # other rows may hold NaN
+            rows_NH = rows_NH * weights[:, choice].unsqueeze(1)
+        total_NH = total_NH + torch.where(positions_N.unsqueeze(1) >= 0, rows_NH, 0.0)  # other rows may hold NaN
     return total_NH.to(rows.dtype)
 
 
@@ -113,38 +114,38 @@ def _unpermute_on_host(rows: torch.Tensor, weights: torch.Tensor | None, positio
 
 
 def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    weighed_RH = shapes.weigh_rows(rows, weights, positions)
-    weights_R = weights.new_zeros(rows.shape[0] + 1)  # one more, for choices that went nowhere
+    shapes.weigh_rows(rows, weights, positions)
+    zeros_R = weights.new_zeros(rows.shape[0] + 1)  # one more, for choices that went nowhere
     places_R = torch.where(positions >= 0, positions, rows.shape[0]).flatten()
-    weights_R.scatter_(0, places_R, weights.flatten())
-    return weighed_RH.copy_(rows.to(torch.float32) * weights_R[:-1].unsqueeze(1))
+    weights_R = zeros_R.scatter(0, places_R, weights.flatten())
+    weighed_RH = rows.to(torch.float32) * weights_R[:-1].unsqueeze(1)
+    return weighed_RH.to(rows.dtype, memory_format=torch.contiguous_format)
 
 
 def sources(positions: torch.Tensor, rows: int) -> torch.Tensor:
     """int64 ``[N, K] -> [rows]``: the row that went to each place, N where none did: the inverse of `positions`."""
     num_rows = positions.shape[0]
-    source_R = positions.new_full((rows + 1,), num_rows)  # one place more, for what went nowhere
+    nowhere_R = positions.new_full((rows + 1,), num_rows)  # one place more, for what went nowhere
     row_NK = torch.arange(num_rows, device=positions.device).unsqueeze(1).expand_as(positions)
-    source_R.scatter_(0, torch.where(positions >= 0, positions, rows).flatten(), row_NK.flatten())
-    return source_R[:rows]
+    return nowhere_R.scatter(0, torch.where(positions >= 0, positions, rows).flatten(), row_NK.flatten())[:rows]
 
 
 def _spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
-    spread_RH = shapes.spread_rows(x, positions, rows)
+    shapes.spread_rows(x, positions, rows)
     num_rows = x.shape[0]
     if not num_rows:
-        return spread_RH.zero_()
+        return x.new_zeros(rows, x.shape[1])
     source_R = sources(positions, rows)
     is_filled_R1 = (source_R < num_rows).unsqueeze(1)
-    return spread_RH.copy_(torch.where(is_filled_R1, x.index_select(0, source_R.clamp(max=num_rows - 1)), 0))
+    return torch.where(is_filled_R1, x.index_select(0, source_R.clamp(max=num_rows - 1)), 0)
 
 
 def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    dots_NK = shapes.dot_rows(a, b, positions)
+    shapes.dot_rows(a, b, positions)
     if not a.shape[0]:
-        return dots_NK.zero_()
+        return a.new_zeros(positions.shape, dtype=torch.float32)
     dots_R = (a.to(torch.float32) * b.to(torch.float32)).sum(dim=1)
-    return dots_NK.copy_(torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0))
+    return torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0)
 
 
 def _end(positions: torch.Tensor) -> int:
@@ -249,7 +250,7 @@ for _name, _kernel in (
     ("spread_rows", _spread_rows_on_host),
     ("dot_rows", _dot_rows_on_host),
 ):
-    LIB.impl(_name, _kernel, "CPU")
+    add_kernel(_name, _kernel, "CPU")
 
 
 def dispatch_local(

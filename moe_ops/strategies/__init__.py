@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from fake_impls.checks import check_choice, check_dtype, check_equal
-from fake_impls.layout import chunk_bounds
 from moe_ops.groups import ParallelGroups
 from moe_ops.overlap import Finish
 from moe_ops.strategies import all2all, allgather, mc2
@@ -198,6 +197,6 @@ def active_rows(prepared: PrepareOutput, *, groups: ParallelGroups) -> torch.Ten
     """bool ``[rows]``: which rows of an ALL2ALL or MC2 prepare hold real tokens, and are not masked."""
     rows, state = prepared.hidden_states.shape[0], prepared.state
     is_chunk = isinstance(state, ShardState) and state.num_chunks > 1
-    _, num_real = chunk_bounds(state.num_tokens, rows, groups.tp.rank if is_chunk else 0)
-    is_real = torch.arange(rows, device=prepared.hidden_states.device) < num_real
+    start = groups.tp.rank * rows if is_chunk else 0
+    is_real = torch.arange(rows, device=prepared.hidden_states.device) < state.num_tokens - start
     return is_real if prepared.mc2_mask is None else is_real & prepared.mc2_mask

@@ -1,0 +1,123 @@
+"""Kernels for Ascend NPUs of the ops that compute: torch_npu's fused ops where they have the op's meaning, else the portable
+kernel. Both are made of ops that torch_npu converts to its graphs, so either may stand in a graph in place of the op."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fake_impls import experts as expert_shapes
+from fake_impls import quantize as quantize_shapes
+from fake_impls import route as route_shapes
+from fake_impls.dispatchers import local as local_shapes
+from moe_ops._library import BODIES, PORTABLE, add_kernel
+from moe_ops.backends import npu
+from moe_ops.dispatchers.local import sources
+from moe_ops.route import EPSILON
+from moe_ops.types import Quant
+
+KEY = "PrivateUse1"  # the dispatch key that torch_npu takes
+ROUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+"""Dtypes that npu_moe_init_routing_v2 takes."""
+
+
+def _quantize(x: torch.Tensor, quant: Quant, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    quantize_shapes.check_input(x)
+    if npu.can_quantize(x, quant):
+        return npu.quantize(x, quant)
+    quantized, scale = BODIES[name][PORTABLE](x)
+    return quantized, scale
+
+
+def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize(x, Quant.W8A8, "quantize_int8")
+
+
+def _quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize(x, Quant.MXFP8, "quantize_mxfp8")
+
+
+def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize(x, Quant.MXFP4, "quantize_mxfp4")
+
+
+def _route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    num_expert_group: int,
+    topk_group: int,
+    e_score_correction_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    is_active: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    token_to_experts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    choice = top_k, scoring, renormalize, num_expert_group, topk_group, e_score_correction_bias, routed_scaling_factor
+    rows = is_active, input_ids, token_to_experts
+    has_table = token_to_experts is not None
+    if not npu.gating_can_route(scoring, router_logits.shape[1], num_expert_group, has_table):
+        weights_TK, ids_TK = BODIES["route"][PORTABLE](router_logits, *choice, *rows)
+        return weights_TK, ids_TK
+    route_shapes.route(router_logits, *choice, *rows)
+    logits_TE = router_logits.to(torch.float32)
+    ids_TK, weights_TK = npu.gating_top_k(
+        logits_TE, top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
+    )
+    if renormalize:
+        weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + EPSILON)
+    if routed_scaling_factor != 1:
+        weights_TK = weights_TK * routed_scaling_factor
+    if is_active is not None:
+        is_active_T1 = is_active.unsqueeze(1)
+        weights_TK = torch.where(is_active_T1, weights_TK, 0.0)
+        ids_TK = torch.where(is_active_T1, ids_TK, -1)
+    return weights_TK, ids_TK
+
+
+def _permute(
+    tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
+) -> list[torch.Tensor]:
+    local_shapes.check_permute(tensors, topk_ids, num_local_experts)
+    num_rows, top_k = topk_ids.shape
+    local_NK = topk_ids - first_expert
+    is_local_NK = (local_NK >= 0) & (local_NK < num_local_experts)
+    local_NK = torch.where(is_local_NK, local_NK, num_local_experts).to(torch.int32)
+    routable = [tensor for tensor in tensors if tensor.dim() == 2 and tensor.dtype in ROUTABLE]
+    carrier = routable[0] if routable else topk_ids.new_zeros(num_rows, 1, dtype=torch.int8)
+    rows, counts, positions_R = npu.init_routing(carrier, local_NK, num_local_experts)
+    positions_NK = torch.where(is_local_NK, positions_R.view(num_rows, top_k), -1).to(torch.int64)
+    source_R = sources(positions_NK, num_rows * top_k).clamp(max=num_rows - 1)
+    permuted = [rows if tensor is carrier else tensor.index_select(0, source_R) for tensor in tensors]
+    return [*permuted, counts, positions_NK]
+
+
+def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    num_choices = positions.shape[0] * positions.shape[1]
+    # The op takes one row for each choice; without weights the sum is over ranks, and K small.
+    if weights is None or not statically_known_true(rows.shape[0] == num_choices):
+        summed: torch.Tensor = BODIES["unpermute"][PORTABLE](rows, weights, positions)
+        return summed
+    local_shapes.check_unpermute(rows, weights, positions)
+    is_used_R1 = (sources(positions, rows.shape[0]) < positions.shape[0]).unsqueeze(1)
+    return npu.finalize_routing(torch.where(is_used_R1, rows, 0), weights, positions)
+
+
+def _grouped_linear(
+    rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    expert_shapes.check_grouped_linear(rows, counts, weight, bias)
+    return npu.grouped_linear(rows, counts, weight.transpose(1, 2), bias)
+
+
+for _name, _kernel in (
+    ("quantize_int8", _quantize_int8),
+    ("quantize_mxfp8", _quantize_mxfp8),
+    ("quantize_mxfp4", _quantize_mxfp4),
+    ("route", _route),
+    ("permute_by_expert", _permute),
+    ("unpermute", _unpermute),
+    ("grouped_linear", _grouped_linear),
+):
+    add_kernel(_name, _kernel, KEY)

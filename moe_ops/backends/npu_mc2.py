@@ -1,0 +1,155 @@
+"""The exchange of a fixed capacity by MC2, which sends rows straight to their experts and sums what comes back.
+
+Pages: ``torch_npu-npu_moe_distribute_dispatch_v2.md`` and ``..._combine_v2.md`` of https://gitcode.com/Ascend/op-plugin, in
+``docs/context``. For Atlas A3 and the chips of A5; on A2 the mask of the op is one flag a row, in a row of True that ends once,
+which cannot say that a single choice goes nowhere, so the portable exchange serves A2.
+
+N rows of this rank (as many on all ranks), K top-k, H hidden, E experts of a rank, W ranks, A = N * W * min(E, K) rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fake_impls.checks import check_at_most
+from moe_ops.backends.npu import ASCEND_910_93, ASCEND_950, BY_COUNT, TORCH_E4M3, is_on_npu, scale_of_pairs, soc_version
+from moe_ops.groups import Group, check_group
+from moe_ops.types import Quant
+
+MAX_ROWS, MAX_TOP_K = 512, 16
+QUANT_MODES = {Quant.NONE: 0, Quant.W8A8: 2, Quant.W4A8: 2, Quant.MXFP8: 4}
+
+
+class Mc2State(NamedTuple):
+    """What combine needs of dispatch. The kernel's own tensors mean nothing to anything but its other half.
+
+    Attributes:
+        topk_ids: int32 ``[N, K]``, all of them experts.
+        topk_weights: float32 ``[N, K]``.
+        is_choice: bool ``[N, K]``, which of them count.
+        assist_info: int32, of the kernel.
+        receive_counts: int32, of the kernel.
+        tp_receive_counts: int32, of the kernel.
+        expand_scales: float32 ``[A]`` of the kernel on A5, else None.
+    """
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    is_choice: torch.Tensor
+    assist_info: torch.Tensor
+    receive_counts: torch.Tensor
+    tp_receive_counts: torch.Tensor
+    expand_scales: torch.Tensor | None
+
+
+def can_exchange(x: torch.Tensor, quant: Quant) -> bool:
+    """Whether MC2 takes these rows. It has no gradient, and no form for no rows."""
+    if not is_on_npu(x) or x.dtype not in (torch.bfloat16, torch.float16) or quant not in QUANT_MODES:
+        return False
+    if soc_version() < (ASCEND_950 if quant is Quant.MXFP8 else ASCEND_910_93):
+        return False
+    return not statically_known_true(x.shape[0] == 0)
+
+
+def dispatch(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    num_local_experts: int,
+    ep: Group,
+    quant: Quant,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Mc2State]:
+    """Send each row to its experts: rows ``[A, H]`` grouped by expert, their scales, counts ``[E]``, and the state.
+
+    All ranks bring as many rows; choices that are -1 go nowhere. Only the first ``counts.sum()`` rows are written. Quantised on
+    the way, if asked to.
+
+    Raises:
+        ValueError: more rows or choices than the kernel takes.
+    """
+    check_group("dispatch", "ep", ep.name, ep.size, ep.rank)
+    check_at_most("dispatch", "rows of a rank", x.shape[0], MAX_ROWS, "those that MC2 takes")
+    check_at_most("dispatch", "top_k", topk_ids.shape[1], MAX_TOP_K, "that of MC2")
+    is_choice_NK = topk_ids >= 0
+    # Ids have to be experts, and different ones in each row, masked or not.
+    spare_K = torch.arange(topk_ids.shape[1], device=topk_ids.device, dtype=torch.int32)
+    ids_NK = torch.where(is_choice_NK, topk_ids.to(torch.int32), spare_K)
+    arguments = _axis(num_local_experts, ep)
+    is_a5 = soc_version() >= ASCEND_950
+    if is_a5:
+        arguments["expert_scales"] = topk_weights
+    if quant is Quant.MXFP8:
+        arguments["y_dtype"] = TORCH_E4M3
+    rows, scale, assist_info, counts, receive_counts, tp_receive_counts, expand_scales = (
+        torch.ops.npu.npu_moe_distribute_dispatch_v2(
+            x,
+            ids_NK,
+            x_active_mask=is_choice_NK,
+            quant_mode=QUANT_MODES[quant],
+            expert_token_nums_type=BY_COUNT,
+            **arguments,
+        )
+    )
+    if quant is Quant.NONE:
+        scale = None
+    elif quant is Quant.MXFP8:
+        scale = scale_of_pairs(scale.view(torch.uint8), x.shape[1])
+    state = Mc2State(
+        ids_NK,
+        topk_weights,
+        is_choice_NK,
+        assist_info,
+        receive_counts,
+        tp_receive_counts,
+        # Without expert_scales the kernel returns [A], and its meta function [0]: not to be used.
+        expand_scales if is_a5 else None,
+    )
+    return rows, scale, counts, state
+
+
+def combine(expert_rows: torch.Tensor, state: Mc2State, *, num_local_experts: int, ep: Group) -> torch.Tensor:
+    """``[A, H] -> [N, H]``: weigh and sum what the experts made of each row; zero for rows that went nowhere."""
+    arguments = _axis(num_local_experts, ep)
+    if state.expand_scales is not None:
+        arguments["expand_scales"] = state.expand_scales
+    summed: torch.Tensor = torch.ops.npu.npu_moe_distribute_combine_v2(
+        expert_rows,
+        state.topk_ids,
+        state.assist_info,
+        state.receive_counts,
+        state.topk_weights,
+        tp_send_counts=state.tp_receive_counts,
+        x_active_mask=state.is_choice,
+        **arguments,
+    )
+    return torch.where(state.is_choice.any(dim=1, keepdim=True), summed, 0)  # other rows are not written
+
+
+def _axis(num_local_experts: int, ep: Group) -> dict[str, object]:
+    """The group, and how it is used: no experts that ranks share, and no second axis (given as one of a single rank, as
+    vllm-ascend does on these chips). global_bs 0: all ranks bring as many rows, which a mask needs."""
+    communicator = hccl_communicator(ep.name, ep.rank)
+    return {
+        "group_ep": communicator,
+        "ep_world_size": ep.size,
+        "ep_rank_id": ep.rank,
+        "moe_expert_num": num_local_experts * ep.size,
+        "group_tp": communicator,
+        "tp_world_size": 1,
+        "tp_rank_id": 0,
+        "expert_shard_type": 0,
+        "shared_expert_rank_num": 0,
+        "global_bs": 0,
+    }
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a name, which does not change
+def hccl_communicator(group: str, rank: int) -> str:
+    """The name of a process group's HCCL communicator, which fused ops go by."""
+    backend = _resolve_process_group(GroupName(group))._get_backend(torch.device("npu"))
+    name: str = backend.get_hccl_comm_name(rank)  # type: ignore[attr-defined]
+    return name

@@ -1,0 +1,1 @@
+"""Ways into other libraries, each imported only by whoever uses it."""

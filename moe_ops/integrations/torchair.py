@@ -1,0 +1,103 @@
+"""The stage in torchair's graph mode: one call for a backend that knows the ops of this library."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch._decomp import get_decompositions
+
+from moe_ops._library import BODIES, PORTABLE
+from moe_ops.backends.npu_kernels import KEY
+
+
+def get_npu_backend(
+    *, compiler_config: Any = None, custom_decompositions: dict[Any, Callable[..., Any]] | None = None
+) -> Any:
+    """``torchair.get_npu_backend``, for ``torch.compile(..., backend=..., fullgraph=True, dynamic=True)``.
+
+    Ops of this library that compute are replaced by what their kernels do, traced; those that communicate expand by themselves;
+    so the GE graph holds torch_npu's fused ops, aten ops and collectives, and no op of this library needs a converter.
+
+    Args:
+        compiler_config: a ``torchair.CompilerConfig``; None: the default.
+        custom_decompositions: more of them, of other ops, or instead of these.
+
+    Raises:
+        ImportError: torch_npu, which brings torchair, is not installed.
+    """
+    import torchair
+
+    _register_converters(torchair)
+    table = {**decompositions(), **(custom_decompositions or {})}
+    config = torchair.CompilerConfig() if compiler_config is None else compiler_config
+    return torchair.get_npu_backend(compiler_config=config, custom_decompositions=table)
+
+
+@cache
+def _register_converters(torchair: Any) -> None:
+    """torchair has one for each arithmetic of sizes that we need, but for their maximum."""
+    from torchair._ge_concrete_graph.ge_apis import Maximum
+
+    def convert_sym_max(a: Any, b: Any, meta_outputs: Any = None) -> Any:
+        if isinstance(a, int) and isinstance(b, int):
+            return max(a, b)
+        int64 = torchair.ge.DataType.DT_INT64
+        a, b = (
+            torchair.ge.Const(x, int64) if isinstance(x, int) else torchair.ge.Cast(x, dst_type=int64) for x in (a, b)
+        )
+        return Maximum(a, b)
+
+    torchair.register_fx_node_ge_converter(torch.sym_max)(convert_sym_max)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What replaces each op of this library, and what of the bodies torchair has no converter for."""
+    aten = torch.ops.aten
+    return {
+        **{getattr(torch.ops.moe_ops, name).default: partial(_body, name) for name in BODIES},
+        **get_decompositions([aten.softplus]),
+        aten.sort.stable: _sort,
+        aten.amax.default: _amax,
+        aten.bitwise_and.Scalar: _bitwise_and,
+        aten.__rshift__.Scalar: _shift_right,
+        aten.__lshift__.Scalar: _shift_left,
+        aten._assert_scalar.default: _drop_assertion,
+    }
+
+
+def _body(name: str, *args: Any, **kwargs: Any) -> Any:
+    kernels = BODIES[name]
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    key = KEY if tensors[0].device.type == "npu" and KEY in kernels else PORTABLE
+    return kernels[key](*args, **kwargs)
+
+
+def _amax(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
+    for axis in sorted((axis % x.dim() for axis in dim or range(x.dim())), reverse=True):
+        x = torch.max(x, axis, keepdim).values
+    return x
+
+
+def _bitwise_and(x: torch.Tensor, other: int) -> torch.Tensor:
+    return torch.bitwise_and(x, x.new_full((), other))
+
+
+def _shift_right(x: torch.Tensor, places: int) -> torch.Tensor:
+    return torch.div(x, 1 << places, rounding_mode="floor")
+
+
+def _shift_left(x: torch.Tensor, places: int) -> torch.Tensor:
+    return x * (1 << places)
+
+
+def _drop_assertion(condition: Any, message: str) -> None:
+    """torchair has no converter for it, and takes no size that a guard does not hold, too."""
+
+
+def _sort(
+    x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By GE's TopKV2, which takes the lower index first among equals."""
+    values, indices = torch.topk(x.to(torch.int32) if x.dtype is torch.bool else x, x.shape[dim], dim, descending)
+    return values.to(x.dtype), indices
