@@ -11,9 +11,10 @@ It cannot show any result: no kernel computes anything and no collective sends a
 are those that were copied there or chance. Nor that GE compiles a graph, nor time, nor overlap, nor the errors of real hardware.
 
 Build it for a chip of `CHIPS` by the variable `CANN_STAND_IN_SOC`; torch_npu asks for the chip once, so a process has one.
-`load()` comes before `import torch_npu`, and TORCH_DEVICE_BACKEND_AUTOLOAD=0 before `import torch`, which would import torch_npu.
+`load()` comes before `import torch_npu`, and TORCH_DEVICE_BACKEND_AUTOLOAD=0 before `import torch`, which would import torch_npu itself.
 """
 
+from .build import build
 from .load import CHIPS, StandIn, chip_name, load
 
-__all__ = ["CHIPS", "StandIn", "chip_name", "load"]
+__all__ = ["CHIPS", "StandIn", "build", "chip_name", "load"]

@@ -1,6 +1,7 @@
 """Loads the stand-in, and asks it what it saw."""
 
 import ctypes
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -58,11 +59,12 @@ def chip_name() -> str:
 
 
 def load() -> StandIn:
-    """Build the stand-in where that was not done, and load it. Before torch_npu is imported."""
+    """Build the stand-in where that was not done, load it, and import torch_npu over it."""
     chip = chip_name()
     folder = build(Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)))
     # Once a library of a name is loaded, the loader takes it for all that need one of that name: no search path is set.
     main = ctypes.CDLL(str(folder / MAIN_LIBRARY), mode=ctypes.RTLD_GLOBAL)
     for shell in SHELLS:
         ctypes.CDLL(str(folder / shell), mode=ctypes.RTLD_GLOBAL)
+    importlib.import_module("torch_npu")  # which also makes torchair and npugraph_ex known as modules
     return StandIn(main, chip)
