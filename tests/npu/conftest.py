@@ -115,8 +115,10 @@ def hccl_groups() -> Iterator[Callable[..., dict[int, dist.ProcessGroup]]]:
     and device meshes can be made of this world as of any.
     """
 
+    store = LoneRankStore()  # held here, for a process group holds the part of it that is not python
+
     def make(rank: int = 0, world_size: int = 8, sizes: tuple[int, ...] = (2, 4)) -> dict[int, dist.ProcessGroup]:
-        dist.init_process_group("hccl", store=LoneRankStore(), rank=rank, world_size=world_size)
+        dist.init_process_group("hccl", store=store, rank=rank, world_size=world_size)
         groups = {world_size: dist.group.WORLD}
         for size in sizes:
             neighbours = [list(range(first, first + size)) for first in range(0, world_size, size)]

@@ -82,13 +82,11 @@ def _node(op: Any, types: dict[str, str]) -> Node:
 
 
 def _value(attribute: Any) -> Any:
-    """An attribute as a value of python: enumerations of dtypes by their name, tensors as GE has them."""
+    """An attribute as a value of python: dtypes by GE's number, tensors as GE has them."""
     kind = attribute.WhichOneof("value")
     value = getattr(attribute, kind) if kind else None
     if kind == "s":
         return value.decode()
-    if kind == "dt":
-        return _dtype_name(attribute, value)
     if kind == "list":
         return _list(value)
     if kind == "list_list_int":
@@ -101,7 +99,3 @@ def _list(value: Any) -> list[Any]:
         if field.name != "val_type":
             return [item.decode() if isinstance(item, bytes) else item for item in items]
     return []
-
-
-def _dtype_name(attribute: Any, value: int) -> str:
-    return attribute.DESCRIPTOR.fields_by_name["dt"].enum_type.values_by_number[value].name
