@@ -62,7 +62,7 @@ def stand_in() -> StandIn:
 def ge() -> Iterator[Callable[..., tuple[Any, GeGraph]]]:
     """`ge(function, *args, backend=None, dynamic=True)`: the result, and the graph that torchair made for GE.
 
-    The graph is made and not run: the result is that of the FX graph, run eagerly. On a CPU it is right, on the stand-in it is not.
+    The graph is made and not run: the result is that of the FX graph, run eagerly, which is right for tensors on a CPU alone.
     A backend of one's own needs `config.debug.run_eagerly = True` too.
     """
 
@@ -85,8 +85,8 @@ def ge() -> Iterator[Callable[..., tuple[Any, GeGraph]]]:
 def npugraph_ex() -> Iterator[Callable[..., tuple[Any, AclConcreteGraph]]]:
     """`npugraph_ex(function, *args, calls=1, dynamic=False, **options)`: the result of the last call, and the graph.
 
-    With the option `force_eager=True` its passes run, and then the graph without capture: on a CPU with right results. Without it,
-    on the stand-in, the first call captures and each replays.
+    With the option `force_eager=True` its passes run, and then the graph without capture: on a CPU with right results. Without
+    it, on the stand-in, the first call captures and each replays.
     """
 
     def compile_for_npugraph_ex(
@@ -111,8 +111,8 @@ def _forget_graphs() -> None:
 def hccl_groups() -> Iterator[Callable[..., dict[int, dist.ProcessGroup]]]:
     """`hccl_groups(rank=0, world_size=8, sizes=(2, 4))`: real `hccl` process groups, by size, of a rank that is alone.
 
-    The world, and of each size the group of neighbours that holds this rank. Their collectives launch and send nothing. Other groups
-    and device meshes can be made of this world as of any.
+    The world, and of each size the group of neighbours that holds this rank. Their collectives launch and send nothing. Other
+    groups and device meshes can be made of this world as of any.
     """
 
     store = LoneRankStore()  # held here, for a process group holds the part of it that is not python

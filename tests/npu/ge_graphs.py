@@ -17,7 +17,7 @@ class Node:
 
     name: str
     type: str
-    inputs: tuple[str | None, ...]  # the type of the operator behind each input, None for an optional one that is not given
+    inputs: tuple[str | None, ...]  # the type of the operator behind each input, None where an optional one is not given
     sources: tuple[str | None, ...]  # and its name
     num_outputs: int
     attributes: dict[str, Any]
@@ -76,12 +76,12 @@ def _node(op: Any, types: dict[str, str]) -> Node:
         inputs=tuple(types.get(source) if source else None for source in sources),
         sources=tuple(sources),
         num_outputs=len(op.output_desc),
-        attributes={name: _value(attribute) for name, attribute in op.attr.items() if not name.startswith("_")},
+        attributes={name: attribute_value(value) for name, value in op.attr.items() if not name.startswith("_")},
         is_symbol=op.type == "Data" and any(SYMBOL_TYPE in desc.attr["_meta"].s.decode() for desc in op.output_desc),
     )
 
 
-def _value(attribute: Any) -> Any:
+def attribute_value(attribute: Any) -> Any:
     """An attribute as a value of python: dtypes by GE's number, tensors as GE has them."""
     kind = attribute.WhichOneof("value")
     value = getattr(attribute, kind) if kind else None

@@ -8,8 +8,8 @@ ROOT_INFO_BYTES = 4108  # HCCL_ROOT_INFO_BYTES
 class LoneRankStore(dist.Store):
     """A store that never waits for another rank: what nobody has set reads as the zeros of a root info.
 
-    A communicator begins with rank 0 of its group, which puts a root info into the store for the others. Where this process is not
-    rank 0, nobody does.
+    A communicator begins with rank 0 of its group, which puts a root info into the store for the others. Where this process is
+    not rank 0, nobody does.
     """
 
     def __init__(self) -> None:

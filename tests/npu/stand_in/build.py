@@ -12,6 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TOOLS = {"gcc": "gcc", "nm": "binutils", "strings": "binutils"}
+COMPILER = ("gcc", "-std=gnu11", "-O1", "-fPIC", "-pthread")
 MAIN_LIBRARY = "libcann_stand_in.so"
 
 # The libraries that the wheel is linked with or opens, in the order in which they can be loaded. Each is an empty shell around
@@ -28,19 +29,17 @@ SHELLS = (
     "libatb.so",
     "libopapi.so",
 )
-SYSTEM_LIBRARIES = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1")
+SYSTEM_LIBRARIES = tuple(f"lib{name}" for name in "c.so.6 m.so.6 stdc++.so.6 gcc_s.so.1 pthread.so.0 dl.so.2 rt.so.1".split())
 
 # Functions that the wheel looks up by name while it runs, as they stand among its strings.
 LOOKED_UP = re.compile(r"(acl(rt|mdl|sys|prof|op|Get|Set|Query)[A-Z]\w+|Hccl[A-Z][a-z]\w+|Hcom[a-z]\w+)")
 KERNEL = re.compile(r"aclnn[A-Z]\w+")
 COLLECTIVE = re.compile(r"Hccl(All\w+|Reduce\w*|Broadcast|Scatter|Send|Recv|BatchSendRecv)")
-KERNEL_SUPPORT = (
-    "InitHugeMemThreadLocal",
-    "UnInitHugeMemThreadLocal",
-    "ReleaseHugeMem",
-    "aclDestroyAclOpExecutor",
-    *(f"aclDestroy{kind}" for kind in ("Tensor", "Scalar", "IntArray", "BoolArray", "FloatArray", "TensorList", "ScalarList")),
-)
+ARGUMENT_KINDS = ("AclOpExecutor", "Tensor", "Scalar", "IntArray", "BoolArray", "FloatArray", "TensorList", "ScalarList")
+KERNEL_SUPPORT = {
+    *("InitHugeMemThreadLocal", "UnInitHugeMemThreadLocal", "ReleaseHugeMem"),
+    *(f"aclDestroy{kind}" for kind in ARGUMENT_KINDS),
+}
 
 
 def check_tools() -> None:
@@ -81,19 +80,21 @@ def _key() -> str:
 
 
 def _compile(folder: Path) -> None:
-    compiler = ("gcc", "-std=gnu11", "-O1", "-fPIC", "-pthread")
     device, generated = folder / "device.o", folder / "generated.c"
-    _run(*compiler, "-c", str(HERE / "device.c"), "-o", str(device))
+    _run(*COMPILER, "-c", str(HERE / "device.c"), "-o", str(device))
     written = {name for _, name in _symbols(device, "--defined-only")}
     launched, silent = _names(_package("torch"), _package("torch_npu"))
     results = dict.fromkeys(silent, "0") | {name: f'stand_in_launched("{name}")' for name in launched}
     functions = (_function(i, name, results[name]) for i, name in enumerate(sorted(results.keys() - written)))
     generated.write_text("\n".join(["long stand_in_launched(const char *name);", *functions, ""]))
-    _run(*compiler, "-shared", str(device), str(generated), f"-Wl,-soname,{MAIN_LIBRARY}", "-o", str(folder / MAIN_LIBRARY))
+    _link(folder, MAIN_LIBRARY, str(device), str(generated))
     for shell in SHELLS:
         # Linked by its name and not its path: it is loaded first, and so is found without a search path.
-        needed = (f"-Wl,-soname,{shell}", "-Wl,--no-as-needed", f"-L{folder}", f"-l:{MAIN_LIBRARY}")
-        _run(*compiler, "-shared", *needed, "-o", str(folder / shell))
+        _link(folder, shell, "-Wl,--no-as-needed", f"-L{folder}", f"-l:{MAIN_LIBRARY}")
+
+
+def _link(folder: Path, name: str, *inputs: str) -> None:
+    _run(*COMPILER, "-shared", *inputs, f"-Wl,-soname,{name}", "-o", str(folder / name))
 
 
 def _function(index: int, name: str, result: str) -> str:
@@ -116,7 +117,8 @@ def _names(torch: Path, torch_npu: Path) -> tuple[set[str], set[str]]:
     looked_up = {text for text in texts if LOOKED_UP.fullmatch(text)}
     kernels = {text.removesuffix("GetWorkspaceSize") for text in texts if KERNEL.fullmatch(text)}
     launched = kernels | {name for name in looked_up if COLLECTIVE.fullmatch(name)}
-    return launched, (linked - provided) | looked_up | {f"{name}GetWorkspaceSize" for name in kernels} | set(KERNEL_SUPPORT)
+    prepared = {f"{name}GetWorkspaceSize" for name in kernels}
+    return launched, (linked - provided) | looked_up | prepared | KERNEL_SUPPORT
 
 
 def _symbols(file: Path, *options: str) -> list[tuple[str, str]]:

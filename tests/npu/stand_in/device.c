@@ -22,7 +22,6 @@
 #define ERROR_STREAM_CAPTURED 107027           /* ACL_ERROR_RT_STREAM_CAPTURED */
 #define ERROR_STREAM_NOT_CAPTURED 107029       /* ACL_ERROR_RT_STREAM_NOT_CAPTURED */
 #define ERROR_CAPTURE_MODE_NOT_SUPPORT 107030  /* ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT */
-#define ERROR_CAPTURE_MODE_BLOCK_ASYNC 107041  /* ACL_ERROR_RT_CAPTURE_MODE_BLOCK_ASYNC */
 #define ERROR_OUT_OF_MEMORY 207001             /* ACL_ERROR_RT_MEMORY_ALLOCATION */
 #define ERROR_NOT_SUPPORTED 207000             /* ACL_ERROR_RT_FEATURE_NOT_SUPPORT */
 
@@ -338,33 +337,14 @@ int aclmdlRICaptureTaskGrpEnd(void *stream, void **handle)
 
 /* ---- Memory ---- */
 
-enum { HOST_TO_DEVICE = 1, DEVICE_TO_HOST = 2 };
-
-/* Memory of the host that was allocated here, which is pinned: the copies of all other hosts' memory wait. */
-struct pinned {
-    char *memory;
-    size_t bytes;
-    struct pinned *next;
-};
-
-static struct pinned *pinned_memory;
-
-static bool is_pinned(const void *address)
-{
-    bool found = false;
-    pthread_mutex_lock(&lock);
-    for (struct pinned *each = pinned_memory; each && !found; each = each->next)
-        found = (const char *)address >= each->memory && (const char *)address < each->memory + each->bytes;
-    pthread_mutex_unlock(&lock);
-    return found;
-}
-
 int aclrtMalloc(void **result, size_t bytes, int policy)
 {
     return posix_memalign(result, ALIGNMENT, bytes ? bytes : ALIGNMENT) ? ERROR_OUT_OF_MEMORY : SUCCESS;
 }
 
 int aclrtMallocAlign32(void **result, size_t bytes, int policy) { return aclrtMalloc(result, bytes, policy); }
+int aclrtMallocHost(void **result, size_t bytes) { return aclrtMalloc(result, bytes, 0); }
+int aclrtMallocHostWithCfg(void **result, uint64_t bytes, void *config) { return aclrtMalloc(result, bytes, 0); }
 
 int aclrtFree(void *memory)
 {
@@ -372,44 +352,12 @@ int aclrtFree(void *memory)
     return SUCCESS;
 }
 
-int aclrtMallocHost(void **result, size_t bytes)
-{
-    int error = aclrtMalloc(result, bytes, 0);
-    if (error)
-        return error;
-    struct pinned *created = malloc(sizeof *created);
-    pthread_mutex_lock(&lock);
-    *created = (struct pinned){*result, bytes, pinned_memory};
-    pinned_memory = created;
-    pthread_mutex_unlock(&lock);
-    return SUCCESS;
-}
+int aclrtFreeHost(void *memory) { return aclrtFree(memory); }
 
-int aclrtMallocHostWithCfg(void **result, uint64_t bytes, void *config) { return aclrtMallocHost(result, bytes); }
-
-int aclrtFreeHost(void *memory)
-{
-    pthread_mutex_lock(&lock);
-    for (struct pinned **each = &pinned_memory; *each; each = &(*each)->next) {
-        if ((*each)->memory == memory) {
-            struct pinned *found = *each;
-            *each = found->next;
-            free(found);
-            break;
-        }
-    }
-    pthread_mutex_unlock(&lock);
-    return aclrtFree(memory);
-}
-
+/* Not refused in a capture, even of host memory that is not pinned, which CANN has an error for (107041): torch_npu copies from a
+ * thread of its own, and an error there is the end of all its calls in the process. */
 int aclrtMemcpyAsync(void *target, size_t capacity, const void *source, size_t bytes, int kind, void *stream)
 {
-    bool captured = stream && ((struct stream *)stream)->captured;
-    const void *host = kind == HOST_TO_DEVICE ? source : kind == DEVICE_TO_HOST ? target : NULL;
-    if (captured && host && !is_pinned(host)) {
-        ++num_refusals;
-        return ERROR_CAPTURE_MODE_BLOCK_ASYNC;
-    }
     memmove(target, source, bytes);
     return SUCCESS;
 }
