@@ -17,7 +17,7 @@ class Node:
 
     name: str
     type: str
-    inputs: tuple[str | None, ...]  # the type of the operator behind each input, None where an optional one is not given
+    inputs: tuple[str | None, ...]  # the type of the operator behind each input, None for one that is not given
     sources: tuple[str | None, ...]  # and its name
     num_outputs: int
     attributes: dict[str, Any]

@@ -1,4 +1,4 @@
-import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,13 +241,24 @@ class TestBuild:
             (tmp_path / other).chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(RuntimeError, match=f"and {tool} cannot be found: install {package}$"):
-            build(tmp_path / "cache")
+            build.build_libraries(tmp_path / "cache")
 
-    def test_two_at_once(self, tmp_path):
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            first, second = pool.map(build, [tmp_path, tmp_path])
-        assert first == second
-        assert list(tmp_path.iterdir()) == [first]
+    def test_another_process_was_first(self, tmp_path, monkeypatch):
+        def compile_late(folder: Path) -> None:
+            monkeypatch.setattr(build, "_compile", lambda folder: (folder / "theirs").touch())
+            build.build_libraries(tmp_path)
+            (folder / "ours").touch()
+
+        monkeypatch.setattr(build, "_compile", compile_late)
+        folder = build.build_libraries(tmp_path)
+        assert [path.name for path in folder.iterdir()] == ["theirs"]
+        assert list(tmp_path.iterdir()) == [folder]
+
+    def test_nothing_is_left_of_a_failed_build(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(build, "COMPILER", ("gcc", "--no-such-option"))
+        with pytest.raises(RuntimeError, match=r"gcc --no-such-option .* failed:\n.*no-such-option"):
+            build.build_libraries(tmp_path)
+        assert list(tmp_path.iterdir()) == []
 
     def test_unknown_chip(self, monkeypatch):
         monkeypatch.setenv("CANN_STAND_IN_SOC", "Ascend1")

@@ -29,16 +29,16 @@ SHELLS = (
     "libatb.so",
     "libopapi.so",
 )
-SYSTEM_LIBRARIES = tuple(f"lib{name}" for name in "c.so.6 m.so.6 stdc++.so.6 gcc_s.so.1 pthread.so.0 dl.so.2 rt.so.1".split())
+SYSTEM_LIBRARIES = ("c.so.6", "m.so.6", "stdc++.so.6", "gcc_s.so.1", "pthread.so.0", "dl.so.2", "rt.so.1")
 
 # Functions that the wheel looks up by name while it runs, as they stand among its strings.
 LOOKED_UP = re.compile(r"(acl(rt|mdl|sys|prof|op|Get|Set|Query)[A-Z]\w+|Hccl[A-Z][a-z]\w+|Hcom[a-z]\w+)")
 KERNEL = re.compile(r"aclnn[A-Z]\w+")
 COLLECTIVE = re.compile(r"Hccl(All\w+|Reduce\w*|Broadcast|Scatter|Send|Recv|BatchSendRecv)")
-ARGUMENT_KINDS = ("AclOpExecutor", "Tensor", "Scalar", "IntArray", "BoolArray", "FloatArray", "TensorList", "ScalarList")
 KERNEL_SUPPORT = {
     *("InitHugeMemThreadLocal", "UnInitHugeMemThreadLocal", "ReleaseHugeMem"),
-    *(f"aclDestroy{kind}" for kind in ARGUMENT_KINDS),
+    *("aclDestroyAclOpExecutor", "aclDestroyTensor", "aclDestroyScalar", "aclDestroyIntArray", "aclDestroyBoolArray"),
+    *("aclDestroyFloatArray", "aclDestroyTensorList", "aclDestroyScalarList"),
 }
 
 
@@ -52,7 +52,7 @@ def check_tools() -> None:
         )
 
 
-def build(cache: Path) -> Path:
+def build_libraries(cache: Path) -> Path:
     """The folder of the built libraries, below `cache`. Built once for each version of the wheel and of these sources."""
     folder = cache / _key()
     if not folder.exists():
@@ -128,7 +128,7 @@ def _symbols(file: Path, *options: str) -> list[tuple[str, str]]:
 
 
 def _system_libraries() -> list[Path]:
-    found = (Path(_run("gcc", f"-print-file-name={name}").strip()) for name in SYSTEM_LIBRARIES)
+    found = (Path(_run("gcc", f"-print-file-name=lib{name}").strip()) for name in SYSTEM_LIBRARIES)
     return [path for path in found if path.is_absolute()]  # gcc answers with the bare name where it knows no file
 
 

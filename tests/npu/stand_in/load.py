@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .build import MAIN_LIBRARY, SHELLS, build
+from .build import MAIN_LIBRARY, SHELLS, build_libraries
 
 CHIPS = ("Ascend910_9391", "Ascend950PR_9589")  # of Atlas A3, and A5
 CHIP_VARIABLE = "CANN_STAND_IN_SOC"
@@ -61,7 +61,7 @@ def chip_name() -> str:
 def load() -> StandIn:
     """Build the stand-in where that was not done, load it, and import torch_npu over it."""
     chip = chip_name()
-    folder = build(Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)))
+    folder = build_libraries(Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)))
     # Once a library of a name is loaded, the loader takes it for all that need one of that name: no search path is set.
     main = ctypes.CDLL(str(folder / MAIN_LIBRARY), mode=ctypes.RTLD_GLOBAL)
     for shell in SHELLS:
