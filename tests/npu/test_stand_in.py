@@ -179,12 +179,13 @@ class TestGe:
         _, graph = ge(torch.relu, torch.randn(4), backend=backend, dynamic=False)
         assert graph.compute_types == ["Neg"]
 
-    def test_collectives(self, ge, hccl_groups):
-        name = hccl_groups()[4].group_name
-        _, graph = ge(lambda x: collectives(x, 4, name), torch.zeros(8, 3).npu(), dynamic=False)
+    def test_collectives(self, ge, hccl_groups, communicator_name):
+        group = hccl_groups()[4]
+        _, graph = ge(lambda x: collectives(x, 4, group.group_name), torch.zeros(8, 3).npu(), dynamic=False)
         for type, rank_size in (("HcomAllGather", 4), ("HcomReduceScatter", 4)):
             assert graph.node(type).attributes["rank_size"] == rank_size
-        assert len({node.attributes["group"] for node in graph.all_nodes if node.type.startswith("Hcom")}) == 1
+        used = {node.attributes["group"] for node in graph.all_nodes if node.type.startswith("Hcom")}
+        assert used == {communicator_name(group)}
 
     def test_attributes(self):
         from torchair.ge._ge_graph import GeGraph as Definition
