@@ -1,6 +1,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 BENCH := .venv-bench/bin
+NPU := .venv-npu/bin
+CHIPS := Ascend910_9391 Ascend950PR_9589
 
 .PHONY: demo test lint types bench bench-stage clean
 
@@ -15,10 +17,12 @@ BENCH := .venv-bench/bin
 demo: .venv/complete
 	$(BIN)/moe-ops demo
 
-# Then again, with vLLM's own kernel, what a stand-in for it has passed.
-test: .venv/complete .venv-bench/complete
+# Then again, with vLLM's own kernel, what a stand-in for it has passed. Then over torch_npu and a stand-in for CANN, which is
+# one chip in one process: Atlas A3's, and A5.
+test: .venv/complete .venv-bench/complete .venv-npu/complete
 	$(BIN)/python -m pytest
 	$(BENCH)/python -m pytest tests/test_packed_experts.py
+	set -e; for chip in $(CHIPS); do CANN_STAND_IN_SOC=$$chip $(NPU)/python -m pytest tests/npu; done
 
 lint: .venv/complete
 	$(BIN)/ruff check .
@@ -38,8 +42,16 @@ bench: .venv/complete
 	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Of its own: torch_npu changes torch where it is installed.
+.venv-npu/complete: requirements/npu.txt pyproject.toml
+	rm -rf .venv-npu
+	$(PYTHON) -m venv .venv-npu
+	$(NPU)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/npu.txt
+	$(NPU)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
 bench-stage: .venv-bench/complete
 	$(BENCH)/python -m benchmarks.stage --markdown benchmarks/stage.md --plot stage.png
 
 clean:
-	rm -rf .venv .venv-bench build *.egg-info
+	rm -rf .venv .venv-bench .venv-npu build *.egg-info

@@ -1,7 +1,9 @@
+import importlib.util
 import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks talk over the loopback interface alone
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or torch imports torch_npu before what it stands on
 
 from collections.abc import Iterator
 
@@ -11,6 +13,8 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 from .ranks import RankPool
+
+collect_ignore = [] if importlib.util.find_spec("torch_npu") else ["npu"]
 
 settings.register_profile("moe_ops", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moe_ops")
