@@ -16,7 +16,7 @@ def prepack_experts(experts: ExpertWeights) -> ExpertWeights:
     quantised with packed ones. On an Ascend NPU, weights in half precision are transposed, and int8 ones (A2, A3; for
     ``Quant.W8A8``) put in the format of the fused kernel, which ``torch.npu.config.allow_internal_format`` has to allow.
 
-    Packed weights take as much memory as plain ones, and only the experts read them: drop the plain ones. They have no gradient.
+    Packed weights take as much memory as plain ones, and only the experts read them: drop the others. They have no gradient.
 
     Args:
         experts: in any dtype that experts have.

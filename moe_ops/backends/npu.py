@@ -248,7 +248,8 @@ def _grouped_quantized(
 
 def _pairs(scale: torch.Tensor) -> torch.Tensor:
     """``float8_e8m0fnu [..., B] -> bytes [..., B / 2, 2]``."""
-    return scale.view(torch.uint8).unflatten(-1, (-1, 2))
+    pairs: torch.Tensor = scale.view(torch.uint8).unflatten(-1, (-1, 2))
+    return pairs
 
 
 def _weight_pairs(scale: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ def get_npu_backend(
     Raises:
         ImportError: torch_npu, which brings torchair, is not installed.
     """
+    import torch_npu  # noqa: F401  # which makes torchair importable
     import torchair
 
     _register_converters(torchair)
