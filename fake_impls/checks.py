@@ -33,6 +33,10 @@ def check_at_most(op: str, name: str, got: int, limit: int, meaning: str) -> Non
     _check(got <= limit, op, name, "at most ", meaning, limit, got)
 
 
+def check_at_least(op: str, name: str, got: int, limit: int, meaning: str) -> None:
+    _check(got >= limit, op, name, "at least ", meaning, limit, got)
+
+
 def check_multiple(op: str, name: str, got: int, factor: int, meaning: str) -> None:
     _check(got % factor == 0, op, name, "a multiple of ", meaning, factor, got)
 

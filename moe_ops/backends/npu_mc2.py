@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import GroupName
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fake_impls.checks import check_at_most
+from fake_impls.checks import check_at_least, check_at_most
 from moe_ops.backends.npu import ASCEND_910_93, ASCEND_950, BY_COUNT, TORCH_E4M3, is_on_npu, scale_of_pairs, soc_version
 from moe_ops.groups import Group, check_group
 from moe_ops.types import Quant
@@ -72,6 +72,7 @@ def dispatch(
         ValueError: more rows or choices than the kernel takes.
     """
     check_group("dispatch", "ep", ep.name, ep.size, ep.rank)
+    check_at_least("dispatch", "rows of a rank", x.shape[0], 1, "what MC2 takes")
     check_at_most("dispatch", "rows of a rank", x.shape[0], MAX_ROWS, "those that MC2 takes")
     check_at_most("dispatch", "top_k", topk_ids.shape[1], MAX_TOP_K, "that of MC2")
     is_choice_NK = topk_ids >= 0

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch._decomp import get_decompositions
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_ops._library import BODIES, PORTABLE
 from moe_ops.backends.npu_kernels import KEY
+from moe_ops.dispatchers.all_to_all import NotCapturableError
 
 
 def get_npu_backend(
@@ -24,7 +26,9 @@ def get_npu_backend(
         custom_decompositions: more of them, of other ops, or instead of these.
 
     Raises:
-        ImportError: torch_npu, which brings torchair, is not installed.
+        ImportError: torch_npu, which brings torchair, is not installed. When a function is compiled:
+        NotCapturableError: it dispatches by ALL_TO_ALL, which reads on the host.
+        ValueError: a size of an input is unbacked (`mark_token_axes`), which GE's graphs cannot hold.
     """
     import torch_npu  # noqa: F401  # which makes torchair importable
     import torchair
@@ -32,7 +36,27 @@ def get_npu_backend(
     _register_converters(torchair)
     table = {**decompositions(), **(custom_decompositions or {})}
     config = torchair.CompilerConfig() if compiler_config is None else compiler_config
-    return torchair.get_npu_backend(compiler_config=config, custom_decompositions=table)
+    backend = torchair.get_npu_backend(compiler_config=config, custom_decompositions=table)
+
+    def compile_checked(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        _check(graph, inputs)
+        return backend(graph, inputs)
+
+    return compile_checked
+
+
+def _check(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """What torchair cannot convert, said in terms of this library."""
+    reading = {torch.ops.moe_ops.dispatch_all_to_all, torch.ops.moe_ops.start_dispatch_all_to_all}
+    if any(getattr(node.target, "overloadpacket", None) in reading for node in graph.graph.nodes):
+        raise NotCapturableError(
+            "torchair: dispatch must be FIXED_CAPACITY, got ALL_TO_ALL, which reads its split sizes on the host"
+        )
+    unbacked = [x for x in inputs if isinstance(x, torch.SymInt) and free_unbacked_symbols(x)]
+    if unbacked:
+        raise ValueError(
+            f"torchair: sizes of inputs must be backed, got {unbacked}: compile with dynamic=True and no mark_token_axes"
+        )
 
 
 @cache
