@@ -1,7 +1,7 @@
 """Each lowering: what it launches, and that its results have the shapes and dtypes of the op on any other device.
 
-Called on tensors of the stand-in's device, the wheel's own host code checks the arguments and launches; under FakeTensorMode its
-own meta functions give the shapes.
+Called on tensors of the stand-in, the wheel checks the arguments in its own host code and launches; under FakeTensorMode its own
+meta functions give the shapes.
 """
 
 from collections.abc import Callable, Sequence
