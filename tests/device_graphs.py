@@ -88,7 +88,7 @@ def make_stage(
     form: Form, groups: mo.ParallelGroups, device: str, run: Callable[..., Any] = mo.moe_stage
 ) -> Callable[[Buffers], Any]:
     """The stage of a rank, with weights that stay; `run` may be `moe_stage_steps`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(groups.ep.rank)
 
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(form.dtype).to(device)
@@ -131,7 +131,7 @@ def make_stage(
 
 
 def warm_up(run: Callable[[], Any], device: str) -> None:
-    """Run on a side stream before the capture, which makes kernels, communicators and workspaces that it could not make itself."""
+    """Run on a side stream before a capture, which cannot itself make communicators, or whatever else is made only once."""
     module = torch.get_device_module(device)
     side = module.Stream()
     side.wait_stream(module.current_stream())
