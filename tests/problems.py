@@ -44,6 +44,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.float32
     masked: int = 0
     has_ep: bool = True
+    has_counts: bool = True  # False: sharded tokens, as many on each rank
     reduce_results: bool = True
     quant: mo.Quant = mo.Quant.NONE
     weight_quant: mo.Quant = mo.Quant.NONE
@@ -250,7 +251,9 @@ def make_stage(
             mc2_mask=inputs.mask,
             max_tokens_across_dp=longest,
             max_tokens_across_pcp=longest * dp,
-            num_tokens_across_ep=[count.shape[0] for count in inputs.counts] if sharded else None,
+            num_tokens_across_ep=[count.shape[0] for count in inputs.counts]
+            if sharded and problem.has_counts
+            else None,
             tokens_are_sharded=sharded,
             quant=problem.quant,
             input_ids=inputs.input_ids if problem.routing.token_to_experts is not None else None,

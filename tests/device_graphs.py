@@ -1,0 +1,164 @@
+"""The stage in graphs of a device, captured and replayed as a server does it: one graph for each bucket of token counts.
+
+A graph holds addresses, so what changes from step to step is written into buffers that stay: tokens, logits and the mask of a
+bucket's size. Weights stay where they are, and so does the result, which each replay overwrites.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import moe_ops as mo
+
+BUCKETS = (8, 16, 32)
+H, I, E, TOP_K = 128, 64, 16, 2
+WARM_UPS = 3
+GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
+
+
+class Form(NamedTuple):
+    """One way to run the layer. Token counts of EP ranks: None where they are not given."""
+
+    strategy: mo.Strategy
+    dispatch: mo.Dispatch | None = None
+    sharded: bool = False
+    counts: str | None = None
+    quant: mo.Quant = mo.Quant.NONE
+    shared: str | None = None
+    overlap_gate: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+
+MC2, ALL2ALL, ALLGATHER = mo.Strategy.MC2, mo.Strategy.ALL2ALL, mo.Strategy.ALLGATHER
+FIXED, W8A8 = mo.Dispatch.FIXED_CAPACITY, mo.Quant.W8A8
+FORMS = {
+    "mc2": Form(MC2),
+    "mc2-shared": Form(MC2, shared="sharded"),
+    "mc2-sharded-tokens": Form(MC2, FIXED, sharded=True, counts="ragged", shared="replicated"),
+    "all2all": Form(ALL2ALL, FIXED),
+    "allgather": Form(ALLGATHER),
+    "allgather-shared": Form(ALLGATHER, shared="sharded"),
+    "allgather-overlap-gate": Form(ALLGATHER, overlap_gate=True),
+    "allgather-ep-even": Form(ALLGATHER, sharded=True),
+    "allgather-ep-ragged": Form(ALLGATHER, sharded=True, counts="ragged"),
+    "allgather-ep-shared": Form(ALLGATHER, sharded=True, counts="ragged", shared="replicated"),
+}
+QUANTISED_FORMS = {
+    "mc2-w8a8": Form(MC2, quant=W8A8),
+    "all2all-w8a8": Form(ALL2ALL, FIXED, quant=W8A8, shared="sharded"),
+    "allgather-w8a8": Form(ALLGATHER, quant=W8A8),
+    "allgather-ep-w8a8": Form(ALLGATHER, sharded=True, counts="ragged", quant=W8A8),
+}
+
+
+class Buffers:
+    """What enters the graph of one bucket."""
+
+    def __init__(self, num_tokens: int, dtype: torch.dtype, device: str) -> None:
+        self.hidden_states = torch.zeros(num_tokens, H, dtype=dtype, device=device)
+        self.router_logits = torch.zeros(num_tokens, E, device=device)
+        self.mc2_mask = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_states.shape[0]
+
+    def write(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> None:
+        """Put a batch into the first rows; what was in the others stays, and the mask leaves it out."""
+        count = hidden_states.shape[0]
+        self.hidden_states[:count].copy_(hidden_states)
+        self.router_logits[:count].copy_(router_logits)
+        self.mc2_mask.copy_(torch.arange(self.num_tokens) < count)
+
+
+class Captured(NamedTuple):
+    """A graph, and the tensors that each replay overwrites."""
+
+    graph: Any
+    output: Any
+
+
+def draw(count: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, H, generator=generator).to(dtype), torch.randn(count, E, generator=generator)
+
+
+def make_stage(
+    form: Form, groups: mo.ParallelGroups, device: str, run: Callable[..., Any] = mo.moe_stage
+) -> Callable[[Buffers], Any]:
+    """The stage of a rank, with weights that stay; `run` may be `moe_stage_steps`."""
+    generator = torch.Generator().manual_seed(groups.ep.rank)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(form.dtype).to(device)
+
+    local = E // groups.ep.size
+    experts = mo.ExpertWeights(weight(local, 2 * I, H), weight(local, H, I))
+    if form.quant is not mo.Quant.NONE:
+        w13, w13_scale = mo.quantize_weights(experts.w13, quant=form.quant)
+        w2, w2_scale = mo.quantize_weights(experts.w2, quant=form.quant)
+        experts = experts._replace(w13=w13, w2=w2, w13_scale=w13_scale, w2_scale=w2_scale)
+    shared = None
+    if form.shared is not None:
+        shared = mo.SharedExperts(weight(2 * I, H), weight(H, I), form.shared == "sharded", None)
+
+    def stage(buffers: Buffers) -> Any:
+        count, ep = buffers.num_tokens, groups.ep
+        counts = None
+        if form.counts == "ragged":  # fewer on each rank, and this rank's as they are
+            counts = [max(count - 3 * ((rank - ep.rank) % ep.size), 0) for rank in range(ep.size)]
+        return run(
+            buffers.hidden_states,
+            buffers.router_logits,
+            experts,
+            routing=mo.Routing(TOP_K, E),
+            strategy=form.strategy,
+            groups=groups,
+            dispatch=form.dispatch,
+            reduce_results=True,
+            mc2_mask=buffers.mc2_mask if form.strategy is MC2 and not form.sharded else None,
+            max_tokens_across_dp=count,
+            max_tokens_across_pcp=count * groups.dp.size,
+            num_tokens_across_ep=counts,
+            tokens_are_sharded=form.sharded,
+            quant=form.quant,
+            shared_experts=shared,
+            overlap_gate=form.overlap_gate,
+        )
+
+    return stage
+
+
+def warm_up(run: Callable[[], Any], device: str) -> None:
+    """Run on a side stream before a capture, which cannot itself make communicators, or whatever else is made only once."""
+    module = torch.get_device_module(device)
+    side = module.Stream()
+    side.wait_stream(module.current_stream())
+    with module.stream(side):
+        for _ in range(WARM_UPS):
+            run()
+    module.current_stream().wait_stream(side)
+
+
+def capture(run: Callable[[], Any], device: str, pool: Any = None) -> Captured:
+    """Capture a call whose inputs are buffers. Graphs that are never replayed at once may share a pool of memory."""
+    module = torch.get_device_module(device)
+    graph = getattr(module, GRAPHS[device])()
+    with module.graph(graph, pool=pool):
+        output = run()
+    return Captured(graph, output)
+
+
+def capture_buckets(
+    stage: Callable[[Buffers], Any], dtype: torch.dtype, device: str
+) -> dict[int, tuple[Buffers, Captured]]:
+    """A graph for each bucket, the largest first, since the others fit into its memory."""
+    captured: dict[int, tuple[Buffers, Captured]] = {}
+    pool = None
+    for num_tokens in sorted(BUCKETS, reverse=True):
+        buffers = Buffers(num_tokens, dtype, device)
+        warm_up(lambda buffers=buffers: stage(buffers), device)
+        captured[num_tokens] = buffers, capture(lambda buffers=buffers: stage(buffers), device, pool)
+        pool = captured[num_tokens][1].graph.pool()
+    return captured
