@@ -2,7 +2,8 @@
 
 An op's page is ``torch_npu-<op>.md`` of https://gitcode.com/Ascend/op-plugin, in ``docs/context``; shapes are those of
 torch_npu's meta functions. The kernels are adversaries: what a page requires of an argument is checked, and what it leaves
-unwritten, or does not define, is NaN, or an index or a byte out of range. They are slow, and share no arithmetic with the library.
+unwritten, or does not define, is NaN, or an index or a byte out of range. They are slow, and share no arithmetic with the
+library.
 Here are those that quantise and route; `documented_experts` and `documented_exchange` have the others.
 
 M rows, N columns of a result, K of a row (of choices: top-k), E experts, H hidden, B blocks of 32.
