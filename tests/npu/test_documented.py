@@ -14,6 +14,7 @@ import moe_ops as mo
 from moe_ops import Quant
 from moe_ops._library import BODIES, PORTABLE
 from moe_ops.backends import npu_kernels
+from moe_ops.experts import run_experts
 from moe_ops.types import WeightLayout
 
 from .documented import calls
@@ -303,12 +304,12 @@ def test_experts(
             payload, scale = mo.quantize_activations(rows, quant=quant)
             payload.view(torch.uint8)[used:], scale[used:].view(torch.uint8)[:] = 255, 255
     arguments = payload, torch.tensor(counts)
-    expected = mo.run_experts(rows, torch.tensor(counts), exact, quant=quant, dtype=dtype)[:used]
+    expected = run_experts(rows, torch.tensor(counts), exact, quant=quant, dtype=dtype)[:used]
     with on_chip(chip):
         if is_packed:
             experts = mo.prepack_experts(experts)
             assert experts.layout is WeightLayout.NPU
-        found = mo.run_experts(*arguments, experts, scale=scale, quant=quant, dtype=dtype)[:used]
+        found = run_experts(*arguments, experts, scale=scale, quant=quant, dtype=dtype)[:used]
         assert all(calls[op] for op in ops), f"{ops} were to be called, got {calls}"
     assert found.dtype is dtype
     largest = float(expected.abs().max()) if used else 1.0
