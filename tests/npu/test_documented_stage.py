@@ -1,7 +1,6 @@
 """The whole stage on four ranks over kernels that do what the vendor's pages say, against the oracle in float64."""
 
 from collections import Counter
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -17,7 +16,10 @@ from .documented import calls
 from .documented_chip import on_chip
 
 A3, A5 = 250, 260
-SIZES = {A3: (1024, 16), A5: (128, 64)}  # H and I: MC2's page has no smaller H on A3, and MXFP8 products take blocks in pairs
+SIZES = {
+    A3: (1024, 16),
+    A5: (128, 64),
+}  # H and I: MC2's page has no smaller H on A3, and MXFP8 products take blocks in pairs
 MC2 = ["npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"]
 LOCAL = ["npu_moe_init_routing_v2", "npu_moe_finalize_routing"]
 GATED = ["npu_moe_gating_top_k"]
