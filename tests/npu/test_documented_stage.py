@@ -50,10 +50,13 @@ def check(ranks: RankPool, problem: Problem, chip: int, is_packed: bool, ops: li
         assert all(called[op] for op in ops), f"{ops} were to be called, got {called}"
         expected = expected_of(problem, rank)
         assert found.dtype is problem.dtype
-        largest = float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * max(largest, 1e-3))
+        error = (found.double() - expected).norm(dim=1)  # of a row, since each may have gone astray
+        assert (error <= tolerance * expected.norm(dim=1) + 1e-6).all(), (
+            f"rank {rank}: {error} of {expected.norm(dim=1)}"
+        )
 
 
+TOLERANCES = {Quant.NONE: 2e-2, Quant.W8A8: 4e-2, Quant.MXFP8: 8e-2}  # bfloat16, and steps of the formats
 CASES: dict[str, tuple[str, int, Quant, bool, list[str]]] = {
     "mc2": ("mc2", A3, Quant.NONE, False, [*MC2, *PLAIN]),
     "mc2-a5": ("mc2", A5, Quant.NONE, False, [*MC2, *PLAIN]),
@@ -126,4 +129,4 @@ def test_stage(
         weight_quant=quant,
         seed=seed,
     )
-    check(ranks4, problem, chip, is_packed, ops, 2e-2 if quant is Quant.NONE else 6e-2)
+    check(ranks4, problem, chip, is_packed, ops, TOLERANCES[quant])
