@@ -185,7 +185,8 @@ def run_exchanged(
     topk_weights, topk_ids = route(prepared.router_logits, layer.routing, is_active=is_active, input_ids=input_ids)
     if layer.dispatch is Dispatch.FIXED_CAPACITY:  # as many as any rank has: nothing is dropped
         check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
-        if not layer.is_weighed and not layer.needs_gradient(x, topk_weights) and npu_mc2.can_exchange(x, layer.quant):
+        has_gradient = layer.needs_gradient(x, topk_weights)
+        if not layer.is_weighed and not has_gradient and npu_mc2.can_exchange(x, common, layer.quant):
             routed = _exchange_by_mc2(x, topk_ids, topk_weights, layer, common)
             yield from _finish_exchanged(routed, state, layer, ending, ending.begin())
             return

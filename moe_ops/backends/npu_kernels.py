@@ -62,6 +62,8 @@ def _route(
         return weights_TK, ids_TK
     route_shapes.route(router_logits, *choice, *rows)
     logits_TE = router_logits.to(torch.float32)
+    if is_active is not None:  # other rows may hold NaN, for which the op need not return ids of experts
+        logits_TE = torch.where(is_active.unsqueeze(1), logits_TE, 0.0)
     ids_TK, weights_TK = npu.gating_top_k(
         logits_TE, top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
     )

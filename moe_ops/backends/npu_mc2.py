@@ -45,13 +45,16 @@ class Mc2State(NamedTuple):
     expand_scales: torch.Tensor | None
 
 
-def can_exchange(x: torch.Tensor, quant: Quant) -> bool:
-    """Whether MC2 takes these rows. It has no gradient, and no form for no rows."""
+def can_exchange(x: torch.Tensor, common: int, quant: Quant) -> bool:
+    """Whether MC2 takes these rows, padded to those `common` to all ranks. It has no gradient, and no form for no rows.
+
+    All ranks have to decide alike, so how many rows this one has says nothing.
+    """
     if not is_on_npu(x) or x.dtype not in (torch.bfloat16, torch.float16) or quant not in QUANT_MODES:
         return False
     if soc_version() < (ASCEND_950 if quant is Quant.MXFP8 else ASCEND_910_93):
         return False
-    return not statically_known_true(x.shape[0] == 0)
+    return not statically_known_true(common == 0)
 
 
 def dispatch(

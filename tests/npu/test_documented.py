@@ -1,0 +1,316 @@
+"""The lowerings for NPUs over kernels that do what the vendor's pages say, beside the portable kernels.
+
+What passes here is right on a device whose kernels do what their pages say.
+"""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+import moe_ops as mo
+from moe_ops import Quant
+from moe_ops._library import BODIES, PORTABLE
+from moe_ops.backends import npu_kernels
+from moe_ops.experts import run_experts
+from moe_ops.types import WeightLayout
+
+from .documented import calls
+from .documented_chip import on_chip
+
+A3, A5 = 250, 260
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
+SEEDS = st.integers(0, 2**32)
+
+
+def lowered(name: str, *args: Any, chip: int = A3, op: str) -> Any:
+    """What an op's kernel for NPUs returns, which has to call the vendor's."""
+    with on_chip(chip):
+        result = BODIES[name][npu_kernels.KEY](*args)
+        assert calls[op], f"{op} was not called"
+    return result
+
+
+def portable(name: str, *args: Any) -> Any:
+    return BODIES[name][PORTABLE](*args)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def draw_rows(seed: int, num_rows: int, hidden: int, dtype: torch.dtype, spread: float) -> torch.Tensor:
+    """Finite rows of many magnitudes, some of them zero, and the first of zeros alone."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, hidden, generator=generator)
+    x = x * 2.0 ** ((torch.rand(x.shape, generator=generator) - 0.5) * spread)
+    x[torch.rand(x.shape, generator=generator) < 0.1] = 0
+    if seed % 3 == 0:
+        x[:1] = 0
+    return x.to(dtype)
+
+
+class TestQuantize:
+    """Zeros aside, of which pages say nothing but that they are zeros times any scale, bytes are the same."""
+
+    @given(
+        num_rows=st.integers(0, 5),
+        hidden=st.integers(1, 70),
+        dtype=HALVES,
+        spread=st.sampled_from([0, 6, 20]),
+        seed=SEEDS,
+    )
+    @settings(max_examples=100)
+    def test_int8(self, num_rows: int, hidden: int, dtype: torch.dtype, spread: float, seed: int) -> None:
+        x = draw_rows(seed, num_rows, hidden, dtype, spread)
+        found, found_scale = lowered("quantize_int8", x, op="npu_dynamic_quant")
+        expected, scale = portable("quantize_int8", x)
+        assert torch.equal(found_scale, scale)
+        assert torch.equal(found[scale > 0], expected[scale > 0])
+
+    @pytest.mark.parametrize("quant", [Quant.MXFP8, Quant.MXFP4], ids=lambda quant: quant.value)
+    @given(
+        num_rows=st.integers(0, 5),
+        hidden=st.integers(1, 140),
+        dtype=FLOATS,
+        spread=st.sampled_from([0, 6, 20]),
+        seed=SEEDS,
+    )
+    @settings(max_examples=100)
+    def test_mx(self, quant: Quant, num_rows: int, hidden: int, dtype: torch.dtype, spread: float, seed: int) -> None:
+        assume(hidden >= 32 or dtype is not torch.float32)
+        hidden += hidden % 2 if quant is Quant.MXFP4 else 0
+        x = draw_rows(seed, num_rows, hidden, dtype, spread)
+        name = f"quantize_{quant.value}"
+        found, found_scale = lowered(name, x, chip=A5, op="npu_dynamic_mx_quant")
+        expected, scale = portable(name, x)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert (found_scale.dtype, found_scale.shape) == (scale.dtype, scale.shape)
+        is_zero = torch.stack([(block == 0).all(dim=1) for block in x.split(32, dim=1)], dim=1)
+        assert torch.equal(as_bytes(found_scale)[~is_zero], as_bytes(scale)[~is_zero])
+        values = mo.dequantize_activations(found, found_scale, quant=quant, hidden_size=hidden)
+        assert torch.equal(values, mo.dequantize_activations(expected, scale, quant=quant, hidden_size=hidden))
+
+
+@given(
+    num_rows=st.integers(0, 5),
+    scoring=st.sampled_from(["softmax", "sigmoid"]),
+    renormalize=st.booleans(),
+    num_experts=st.sampled_from([16, 64]),
+    groups=st.sampled_from([(1, 1), (4, 2), (2, 1), (4, 4)]),
+    top_k=st.integers(1, 8),
+    has_bias=st.booleans(),
+    factor=st.sampled_from([1.0, 2.5]),
+    has_padding=st.booleans(),
+    dtype=FLOATS,
+    seed=SEEDS,
+)
+@settings(max_examples=200)
+def test_route(
+    num_rows: int,
+    scoring: str,
+    renormalize: bool,
+    num_experts: int,
+    groups: tuple[int, int],
+    top_k: int,
+    has_bias: bool,
+    factor: float,
+    has_padding: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """No ties, of which the page says nothing; rows that are padding hold NaN, of which it does not say how it is ranked."""
+    assume(top_k <= num_experts // groups[0] * groups[1])
+    generator = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(num_experts, generator=generator) for _ in range(num_rows)]
+    logits = torch.stack([*order, order[0]] if order else [torch.zeros(num_experts)])[:num_rows] / 16 - 2
+    bias = torch.randn(num_experts, generator=generator) if has_bias else None
+    assume(not has_bias or has_gaps(logits, bias, scoring, groups[0]))
+    is_active = torch.rand(num_rows, generator=generator) < 0.7 if has_padding else None
+    if is_active is not None:
+        logits[~is_active] = torch.nan
+    arguments = logits.to(dtype), top_k, scoring, renormalize, *groups, bias, factor, is_active, None, None
+    weights, ids = lowered("route", *arguments, op="npu_moe_gating_top_k")
+    expected_weights, expected_ids = portable("route", *arguments)
+    assert ids.dtype is torch.int32 and weights.dtype is torch.float32
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights)
+
+
+def has_gaps(logits: torch.Tensor, bias: torch.Tensor, scoring: str, num_groups: int) -> bool:
+    """Whether no two choices, or groups, are so near each other that rounding may order them."""
+    scores = torch.softmax(logits.double(), dim=1) if scoring == "softmax" else torch.sigmoid(logits.double())
+    choice = scores + bias
+    best = choice.unflatten(1, (num_groups, -1)).topk(2, dim=2).values.sum(dim=2)
+    return all((ranked.sort(dim=1).values.diff(dim=1) > 1e-5).all() for ranked in (choice, best))
+
+
+def draw_ids(seed: int, num_rows: int, top_k: int, num_experts: int) -> torch.Tensor:
+    """Different experts in each row, and some of them nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(num_rows, num_experts, generator=generator).argsort(dim=1)[:, :top_k]
+    return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -1)
+
+
+CARRIED = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.float8_e8m0fnu,
+    "int64": torch.int64,
+}
+
+
+@given(
+    num_rows=st.integers(0, 9),
+    top_k=st.integers(1, 4),
+    first=st.sampled_from([0, 3]),
+    local=st.sampled_from([1, 2, 8]),
+    dtypes=st.lists(st.sampled_from(sorted(CARRIED)), min_size=1, max_size=3),
+    has_scale=st.booleans(),
+    ids_dtype=st.sampled_from([torch.int32, torch.int64]),
+    seed=SEEDS,
+)
+@settings(max_examples=200)
+def test_permute_by_expert(
+    num_rows: int,
+    top_k: int,
+    first: int,
+    local: int,
+    dtypes: list[str],
+    has_scale: bool,
+    ids_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = draw_ids(seed, num_rows, top_k, 11).to(ids_dtype)
+    tensors = [torch.randint(0, 100, (num_rows, 16), generator=generator, dtype=torch.uint8) for _ in dtypes]
+    tensors = [tensor.view(CARRIED[name]) for tensor, name in zip(tensors, dtypes, strict=True)]
+    if has_scale:  # of each row one
+        tensors.append(torch.rand(num_rows, generator=generator))
+    arguments = tensors, ids, first, local
+    *rows, counts, positions = lowered("permute_by_expert", *arguments, op="npu_moe_init_routing_v2")
+    *expected_rows, expected_counts, expected_positions = portable("permute_by_expert", *arguments)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(positions, expected_positions)
+    used = int(counts.sum())
+    for found, expected in zip(rows, expected_rows, strict=True):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(as_bytes(found[:used]), as_bytes(expected[:used]))
+
+
+@given(
+    num_rows=st.integers(0, 9), top_k=st.integers(1, 4), hidden=st.sampled_from([1, 8, 33]), dtype=FLOATS, seed=SEEDS
+)
+@settings(max_examples=150)
+def test_unpermute(num_rows: int, top_k: int, hidden: int, dtype: torch.dtype, seed: int) -> None:
+    """Rows that no choice went to, and weights of choices that went nowhere, may hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    num_choices = num_rows * top_k
+    positions = torch.randperm(num_choices, generator=generator).view(num_rows, top_k)
+    positions[torch.rand(positions.shape, generator=generator) < 0.3] = -1
+    rows = torch.full((num_choices, hidden), torch.nan)
+    used = positions[positions >= 0]
+    rows[used] = torch.randn(len(used), hidden, generator=generator)
+    weights = torch.rand(num_rows, top_k, generator=generator).masked_fill(positions < 0, torch.nan)
+    arguments = rows.to(dtype), weights, positions
+    found = lowered("unpermute", *arguments, op="npu_moe_finalize_routing")
+    expected = portable("unpermute", *arguments)
+    assert found.dtype is dtype
+    assert not found.isnan().any()
+    torch.testing.assert_close(found, expected)
+
+
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=1, max_size=4),
+    spare=st.sampled_from([0, 1, 3]),
+    sizes=st.sampled_from([(8, 8), (5, 12), (16, 3)]),
+    has_bias=st.booleans(),
+    dtype=FLOATS,
+    seed=SEEDS,
+)
+@settings(max_examples=150)
+def test_grouped_linear(
+    counts: list[int], spare: int, sizes: tuple[int, int], has_bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    (num_inputs, num_outputs), used = sizes, sum(counts)
+    rows = torch.full((used + spare, num_inputs), torch.nan)
+    rows[:used] = torch.randn(used, num_inputs, generator=generator)
+    weight = torch.randn(len(counts), num_outputs, num_inputs, generator=generator).to(dtype)
+    bias = torch.randn(len(counts), num_outputs, generator=generator).to(dtype) if has_bias else None
+    arguments = rows.to(dtype), torch.tensor(counts), weight, bias
+    found = lowered("grouped_linear", *arguments, op="npu_grouped_matmul")
+    expected = portable("grouped_linear", *arguments)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    tolerance = {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found[:used], expected[:used], **tolerance)
+
+
+EXPERTS = {
+    "w8a8": (A3, Quant.W8A8, False, ["npu_grouped_matmul", "npu_dynamic_quant", "npu_swiglu"]),
+    "w8a8-packed": (A3, Quant.W8A8, True, ["npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"]),
+    "w8a8-a5": (A5, Quant.W8A8, False, ["npu_grouped_matmul", "npu_dynamic_quant", "npu_swiglu"]),
+    "mxfp8": (A5, Quant.MXFP8, False, ["npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"]),
+    "none": (A3, Quant.NONE, False, ["npu_grouped_matmul", "npu_swiglu"]),
+    "none-packed": (A3, Quant.NONE, True, ["npu_grouped_matmul", "npu_swiglu"]),
+}
+
+
+@pytest.mark.parametrize(("chip", "quant", "is_packed", "ops"), EXPERTS.values(), ids=EXPERTS)
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=4),
+    spare=st.sampled_from([0, 3]),
+    sizes=st.sampled_from([(64, 64), (192, 128)]),
+    comes_quantized=st.booleans(),
+    dtype=HALVES,
+    seed=SEEDS,
+)
+@settings(max_examples=25)
+def test_experts(
+    chip: int,
+    quant: Quant,
+    is_packed: bool,
+    ops: list[str],
+    counts: list[int],
+    spare: int,
+    sizes: tuple[int, int],
+    comes_quantized: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Beside the portable products of the values that the weights stand for. What the rows past the groups hold matters not."""
+    generator = torch.Generator().manual_seed(seed)
+    (hidden, inner), used = sizes, sum(counts)
+    rows = torch.randn(used + spare, hidden, generator=generator).to(dtype)
+    w13 = (torch.randn(len(counts), 2 * inner, hidden, generator=generator) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(len(counts), hidden, inner, generator=generator) * inner**-0.5).to(dtype)
+    experts, exact, scale, payload = mo.ExpertWeights(w13, w2), mo.ExpertWeights(w13, w2), None, rows.clone()
+    payload[used:] = torch.nan
+    if quant is not Quant.NONE:
+        w13, w13_scale = mo.quantize_weights(w13, quant=quant)
+        w2, w2_scale = mo.quantize_weights(w2, quant=quant)
+        experts = mo.ExpertWeights(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale)
+        exact = mo.ExpertWeights(
+            mo.dequantize_weights(w13, w13_scale, num_inputs=hidden),
+            mo.dequantize_weights(w2, w2_scale, num_inputs=inner),
+        )
+        if comes_quantized:
+            payload, scale = mo.quantize_activations(rows, quant=quant)
+            payload.view(torch.uint8)[used:], scale[used:].view(torch.uint8)[:] = 255, 255
+    arguments = payload, torch.tensor(counts)
+    expected = run_experts(rows, torch.tensor(counts), exact, quant=quant, dtype=dtype)[:used]
+    with on_chip(chip):
+        if is_packed:
+            experts = mo.prepack_experts(experts)
+            assert experts.layout is WeightLayout.NPU
+        found = run_experts(*arguments, experts, scale=scale, quant=quant, dtype=dtype)[:used]
+        assert all(calls[op] for op in ops), f"{ops} were to be called, got {calls}"
+    assert found.dtype is dtype
+    largest = float(expected.abs().max()) if used else 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-2 * largest)
