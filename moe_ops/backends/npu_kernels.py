@@ -62,8 +62,9 @@ def _route(
         return weights_TK, ids_TK
     route_shapes.route(router_logits, *choice, *rows)
     logits_TE = router_logits.to(torch.float32)
-    if is_active is not None:  # other rows may hold NaN, for which the op need not return ids of experts
-        logits_TE = torch.where(is_active.unsqueeze(1), logits_TE, 0.0)
+    is_active_T1 = None if is_active is None else is_active.unsqueeze(1)
+    if is_active_T1 is not None:  # other rows may hold NaN, for which the op need not return ids of experts
+        logits_TE = torch.where(is_active_T1, logits_TE, 0.0)
     ids_TK, weights_TK = npu.gating_top_k(
         logits_TE, top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
     )
@@ -71,8 +72,7 @@ def _route(
         weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + EPSILON)
     if routed_scaling_factor != 1:
         weights_TK = weights_TK * routed_scaling_factor
-    if is_active is not None:
-        is_active_T1 = is_active.unsqueeze(1)
+    if is_active_T1 is not None:
         weights_TK = torch.where(is_active_T1, weights_TK, 0.0)
         ids_TK = torch.where(is_active_T1, ids_TK, -1)
     return weights_TK, ids_TK

@@ -6,10 +6,10 @@ look at: one more is one more kernel in every layer.
 
 IS_REAL = "Range Cast Less"
 IS_ACTIVE = f"{IS_REAL} LogicalAnd"
-GATING = "Cast MoeGatingTopK Cast GatherElements"
 RENORMALIZE = "ReduceSum Add RealDiv"
-ROUTE = f"{GATING} {RENORMALIZE}"
-GO_NOWHERE = "Unsqueeze SelectV2 SelectV2"
+ROUTE = f"Cast MoeGatingTopK Cast GatherElements {RENORMALIZE}"
+ROUTE_ACTIVE = f"Cast Unsqueeze SelectV2 MoeGatingTopK Cast GatherElements {RENORMALIZE}"  # of other rows no logits
+GO_NOWHERE = "SelectV2 SelectV2"
 DISPATCH = "GreaterEqual Range Cast SelectV2 MoeDistributeDispatchV2"
 COMBINE = "MoeDistributeCombineV2 ReduceAny SelectV2"
 EXPERTS = "Transpose GroupedMatmul SwiGlu Transpose GroupedMatmul"
@@ -35,7 +35,7 @@ def unpack(num_tensors: int) -> str:
 
 
 LOCAL_EXPERTS = f"{PERMUTE} {EXPERTS} {UNPERMUTE}"
-MC2_ROUTE = f"{IS_ACTIVE} {ROUTE} {GO_NOWHERE}"
+MC2_ROUTE = f"{IS_ACTIVE} {ROUTE_ACTIVE} {GO_NOWHERE}"
 RAGGED = 8  # ranks, each of which has a block of rows
 
 EXPECTED = {
@@ -45,7 +45,7 @@ EXPECTED = {
     "mc2-packed": f"{MC2_ROUTE} {DISPATCH} {PACKED_EXPERTS} {COMBINE}",
     "mc2-w8a8": f"{MC2_ROUTE} {DISPATCH} {INT8_EXPERTS} {COMBINE}",
     "mc2-w8a8-packed": f"{MC2_ROUTE} {DISPATCH} {PACKED_INT8_EXPERTS} {COMBINE}",
-    "mc2-deepseek": f"{IS_ACTIVE} {ROUTE} Mul Cast {GO_NOWHERE} {DISPATCH} {EXPERTS} {COMBINE}",
+    "mc2-deepseek": f"{IS_ACTIVE} {ROUTE_ACTIVE} Mul Cast {GO_NOWHERE} {DISPATCH} {EXPERTS} {COMBINE}",
     "mc2-sqrtsoftplus": (
         f"{IS_ACTIVE} Cast Exp Log1p Greater SelectV2 Sqrt TopKV2 Cast StridedSliceV2 Unsqueeze ClipByValueV2 GatherElements "
         f"SelectV2 SelectV2 {RENORMALIZE} Cast {DISPATCH} {EXPERTS} {COMBINE}"
@@ -55,7 +55,7 @@ EXPECTED = {
         f"IndexByTensor ClipByValueV2 Range Cast Unsqueeze FloorMod IndexByTensor GreaterEqual SelectV2 Cast "
         f"{DISPATCH} {EXPERTS} {COMBINE}"
     ),
-    "all2all-fixed": f"{CHUNK} {CHUNK} {IS_REAL} {ROUTE} {GO_NOWHERE} {DISPATCH} {EXPERTS} {COMBINE} HcomAllGather",
+    "all2all-fixed": f"{CHUNK} {CHUNK} {IS_REAL} {ROUTE_ACTIVE} {GO_NOWHERE} {DISPATCH} {EXPERTS} {COMBINE} HcomAllGather",
     "allgather-dp": f"{ROUTE} {pack(3)} HcomAllGather {unpack(3)} {LOCAL_EXPERTS} HcomReduceScatter HcomAllReduce",
     "allgather-pcp": (
         # Between the two gathers nothing is done to the rows, so their bytes are only looked at anew.

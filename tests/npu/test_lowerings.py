@@ -1,6 +1,6 @@
 """Each lowering: what it launches, and that its results have the shapes and dtypes of the op on any other device.
 
-Called on tensors of the stand-in, the wheel checks the arguments in its own host code and launches; under FakeTensorMode its own
+Called on tensors of the stand-in, the wheel checks the arguments in its own host code and launches; under FakeTensorMode its
 meta functions give the shapes.
 """
 
@@ -229,17 +229,17 @@ def test_kernels_that_this_chip_does_not_have_are_not_called() -> None:
     halves = torch.empty(2, 64, dtype=torch.bfloat16, device="npu")
     assert npu.can_quantize(halves, Quant.W8A8)
     assert npu.can_quantize(halves, Quant.MXFP8) == IS_A5
-    assert npu_mc2.can_exchange(halves, Quant.MXFP8) == IS_A5
-    assert npu_mc2.can_exchange(halves, Quant.NONE)
-    assert not npu_mc2.can_exchange(halves[:0], Quant.NONE)
-    assert not npu_mc2.can_exchange(halves.float(), Quant.NONE)
-    assert not npu_mc2.can_exchange(halves, Quant.MXFP4)
+    assert npu_mc2.can_exchange(halves, 2, Quant.MXFP8) == IS_A5
+    assert npu_mc2.can_exchange(halves, 2, Quant.NONE)
+    assert not npu_mc2.can_exchange(halves[:0], 0, Quant.NONE)
+    assert not npu_mc2.can_exchange(halves.float(), 2, Quant.NONE)
+    assert not npu_mc2.can_exchange(halves, 2, Quant.MXFP4)
 
 
 def test_on_a2_the_exchange_is_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask is one flag a row, which cannot say that a single choice goes nowhere."""
     monkeypatch.setattr(npu_mc2, "soc_version", lambda: 220)
-    assert not npu_mc2.can_exchange(torch.empty(2, 64, dtype=torch.bfloat16, device="npu"), Quant.NONE)
+    assert not npu_mc2.can_exchange(torch.empty(2, 64, dtype=torch.bfloat16, device="npu"), 2, Quant.NONE)
 
 
 def test_packed_weights_serve_their_kernels_alone() -> None:
