@@ -56,8 +56,8 @@ def check(ranks: RankPool, problem: Problem, chip: int, is_packed: bool, ops: li
         )
 
 
-# Rounding to bfloat16 and to steps of the formats; in MXFP8 the portable kernels are as far from the oracle.
-TOLERANCES = {Quant.NONE: 2e-2, Quant.W8A8: 4e-2, Quant.MXFP8: 0.15}
+# Rounding to bfloat16 and to steps of the formats: the portable kernels came as far from the oracle as 1, 4 and 10 %.
+TOLERANCES = {Quant.NONE: 2e-2, Quant.W8A8: 8e-2, Quant.MXFP8: 0.15}
 CASES: dict[str, tuple[str, int, Quant, bool, list[str]]] = {
     "mc2": ("mc2", A3, Quant.NONE, False, [*MC2, *PLAIN]),
     "mc2-a5": ("mc2", A5, Quant.NONE, False, [*MC2, *PLAIN]),
