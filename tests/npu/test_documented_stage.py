@@ -133,3 +133,21 @@ def test_stage(
         seed=seed,
     )
     check(ranks4, problem, chip, is_packed, ops, TOLERANCES[quant])
+
+
+@pytest.mark.parametrize("form", ["all2all-fixed", "all2all-sharded-fixed", "mc2"])
+@pytest.mark.parametrize("counts", [(3, 5, 2, 0), (0, 0, 4, 0)], ids=["one", "three"])
+def test_ranks_without_tokens_exchange_as_the_others_do(ranks4: RankPool, form: str, counts: tuple[int, ...]) -> None:
+    """Or the others wait for them. With a mask, tokens that it does not keep are none."""
+    hidden_size, intermediate = SIZES[A3]
+    problem = Untied(
+        form,
+        layout=(4, 1, 1),
+        counts=counts,
+        hidden_size=hidden_size,
+        intermediate=intermediate,
+        routing=mo.Routing(2, E),
+        dtype=torch.bfloat16,
+        masked=2,
+    )
+    check(ranks4, problem, A3, False, [*MC2, *PLAIN], TOLERANCES[Quant.NONE])
