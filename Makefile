@@ -6,13 +6,25 @@ CHIPS := Ascend910_9391 Ascend950PR_9589
 
 .PHONY: demo test lint types bench bench-stage clean
 
-# The environment is complete when this file exists; a changed requirement makes it anew.
+# An environment is complete when its file exists; a changed requirement makes it anew. --no-deps, because the files are complete.
+define make_environment
+rm -rf $(@D)
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+touch $@
+endef
+
 .venv/complete: requirements/dev.txt pyproject.toml
-	rm -rf .venv
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+	$(make_environment)
+
+# Of its own: the peers pin other versions of what they need.
+.venv-bench/complete: requirements/bench.txt pyproject.toml
+	$(make_environment)
+
+# Of its own: torch_npu changes torch where it is installed.
+.venv-npu/complete: requirements/npu.txt pyproject.toml
+	$(make_environment)
 
 demo: .venv/complete
 	$(BIN)/moe-ops demo
@@ -33,22 +45,6 @@ types: .venv/complete
 
 bench: .venv/complete
 	$(BIN)/python -m benchmarks.prepare_finalize
-
-# Of its own: the peers pin other versions of what they need. --no-deps, because the file is complete.
-.venv-bench/complete: requirements/bench.txt pyproject.toml
-	rm -rf .venv-bench
-	$(PYTHON) -m venv .venv-bench
-	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench.txt
-	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
-
-# Of its own: torch_npu changes torch where it is installed.
-.venv-npu/complete: requirements/npu.txt pyproject.toml
-	rm -rf .venv-npu
-	$(PYTHON) -m venv .venv-npu
-	$(NPU)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/npu.txt
-	$(NPU)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
 
 bench-stage: .venv-bench/complete
 	$(BENCH)/python -m benchmarks.stage --markdown benchmarks/stage.md --plot stage.png

@@ -8,10 +8,11 @@ import torch
 LIB = torch.library.Library("moe_ops", "DEF")
 
 BODIES: dict[str, dict[str, Callable[..., Any]]] = {}
-"""The kernels of each op that computes, by dispatch key. Those without a key of a device are made of functional aten ops alone,
-and read nothing on the host: a compiler may trace them in place of the op."""
+"""The kernels of each op that computes, by dispatch key."""
 
 PORTABLE = "CompositeExplicitAutograd"
+"""The key of kernels for any device: of functional aten ops alone, and without host reads, so that a compiler may trace them in
+place of the op."""
 
 
 def define(
@@ -19,6 +20,7 @@ def define(
     *,
     composite: Callable[..., Any] | None = None,
     kernel: Callable[..., Any] | None = None,
+    key: str = PORTABLE,
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
@@ -26,10 +28,10 @@ def define(
     """Register one op and return its callable overload.
 
     An op that communicates passes ``composite``: compilers expand it into functional collectives, which they may order
-    and overlap; autograd and the fake follow from the body. An op that computes passes ``kernel`` and ``fake`` and
-    stays one node everywhere; one whose result depends smoothly on an argument passes its ``backward``, too, and what that
-    saves (``torch.library.register_autograd``). A collective never goes into a ``kernel``: a compiler may reorder or remove
-    such a node on one rank while the others wait.
+    and overlap; autograd and the fake follow from the body. An op that computes passes ``kernel`` and ``fake`` and stays one
+    node everywhere; `key` says for which devices it is. One whose result depends smoothly on an argument passes its
+    ``backward``, too, and what that saves (``torch.library.register_autograd``). A collective never goes into a ``kernel``: a
+    compiler may reorder or remove such a node on one rank while the others wait.
     """
     if (composite is None) == (kernel is None) or (kernel is None) != (fake is None):
         raise TypeError("define: pass either composite, or kernel and fake")
@@ -38,7 +40,7 @@ def define(
     if composite is not None:
         LIB.impl(name, composite, "CompositeImplicitAutograd")
     if kernel is not None:
-        add_kernel(name, kernel, PORTABLE)
+        add_kernel(name, kernel, key)
         torch.library.register_fake(f"moe_ops::{name}", fake, lib=LIB)
     if backward is not None:
         torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=setup_context, lib=LIB)

@@ -123,9 +123,9 @@ def _pack_rows(tensors: Sequence[torch.Tensor], rows: int, fill: Sequence[int]) 
     packed_TB = torch.cat([_to_bytes(tensor) for tensor in tensors], dim=1)
     if statically_known_true(num_rows == rows):
         return packed_TB
-    missing = [
-        packed_TB.new_full((rows - num_rows, shapes.row_bytes(tensor)), value & 0xFF)  # all bytes 0xFF: -1 in every
-        for tensor, value in zip(tensors, fill, strict=True)  # integer dtype
+    missing = [  # all bytes 0xFF: -1 in every integer dtype
+        packed_TB.new_full((rows - num_rows, shapes.row_bytes(tensor)), value & 0xFF)
+        for tensor, value in zip(tensors, fill, strict=True)
     ]
     return torch.cat((packed_TB, torch.cat(missing, dim=1)))
 

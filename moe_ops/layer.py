@@ -187,8 +187,9 @@ def run_exchanged(
         check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
         has_gradient = layer.needs_gradient(x, topk_weights)
         if not layer.is_weighed and not has_gradient and npu_mc2.can_exchange(x, common, layer.quant):
-            routed = _exchange_by_mc2(x, topk_ids, topk_weights, layer, common)
-            yield from _finish_exchanged(routed, state, layer, ending, ending.begin())
+            fused = Transfer(partial(_exchange_by_mc2, x, topk_ids, topk_weights, layer, common), ending.begin)
+            yield fused
+            yield from _finish_exchanged(fused.arrived, state, layer, ending, fused.computed)
             return
     payload, scale = quantize_activations(x, quant=layer.quant) if layer.travels_quantized else (x, None)
     sent = Transfer(
@@ -225,8 +226,9 @@ def _finish_exchanged(
 
 def _exchange_by_mc2(
     x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: Layer, common: int
-) -> torch.Tensor:
-    """Dispatch, experts and combine by the fused ops of an NPU, which leave nothing in flight."""
+) -> Finish[torch.Tensor]:
+    """Dispatch, experts and combine by the fused ops of an NPU, which leave nothing in flight: to be started as a transfer,
+    so that nothing else of another stream is, either."""
     num_rows, num_local, ep = x.shape[0], layer.num_local_experts, layer.groups.ep
     topk_ids, topk_weights = pad_rows(topk_ids, common, -1), pad_rows(topk_weights, common)
     rows, scale, counts, sent = npu_mc2.dispatch(
@@ -234,7 +236,9 @@ def _exchange_by_mc2(
     )
     y = run_experts(rows, counts, layer.experts, scale=scale, quant=layer.quant, dtype=x.dtype)
     combined = npu_mc2.combine(y, sent, num_local_experts=num_local, ep=ep)
-    return combined if statically_known_true(num_rows == common) else combined.narrow(0, 0, num_rows)
+    if not statically_known_true(num_rows == common):
+        combined = combined.narrow(0, 0, num_rows)
+    return lambda: combined
 
 
 def _start_gather(

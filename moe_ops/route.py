@@ -3,7 +3,9 @@
 T tokens, E experts, K top-k, V vocabulary, G groups of experts, R replicas.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,13 @@ from moe_ops.types import Routing
 
 EPSILON = 1e-20  # as DeepSeek-V3: a sum of sigmoids may underflow
 
+Choose: TypeAlias = Callable[
+    [torch.Tensor, int, str, int, int, torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+]
 
-def _route(
+
+def route_kernel(
+    choose: Choose,
     router_logits: torch.Tensor,
     top_k: int,
     scoring: str,
@@ -28,6 +35,7 @@ def _route(
     input_ids: torch.Tensor | None,
     token_to_experts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The body of the op, around a device's way to choose."""
     shapes.route(
         router_logits,
         top_k,
@@ -41,32 +49,45 @@ def _route(
         input_ids,
         token_to_experts,
     )
-    scores_TE = _score(router_logits.to(torch.float32), scoring)
-    is_choice_TK = None  # where it may be False
+    logits_TE = router_logits.to(torch.float32)
+    is_choice_TK = is_active_T1 = None if is_active is None else is_active.unsqueeze(1)
     if token_to_experts is not None and input_ids is not None:
-        chosen_TK = token_to_experts[input_ids.clamp(min=0)].to(torch.int64)
-        is_choice_TK = (chosen_TK >= 0) & (input_ids >= 0).unsqueeze(1)
+        scores_TE, chosen_TK = _score(logits_TE, scoring), token_to_experts[input_ids.clamp(min=0)]
+        is_in_table_TK = (chosen_TK >= 0) & (input_ids >= 0).unsqueeze(1)
+        is_choice_TK = is_in_table_TK if is_active_T1 is None else is_in_table_TK & is_active_T1
+        chosen_TK = chosen_TK.clamp(min=0)
     else:
-        choice_TE = scores_TE if e_score_correction_bias is None else scores_TE + e_score_correction_bias
-        order_TE = _descending(choice_TE)
-        if topk_group < num_expert_group:
-            is_allowed_TE = _best_groups(choice_TE, num_expert_group, topk_group, e_score_correction_bias is not None)
-            # Those of chosen groups first: by a sort, since no score is so low that a bias of -inf is not as low.
-            order_TE = order_TE.gather(1, _descending(is_allowed_TE.gather(1, order_TE)))
-        chosen_TK = order_TE[:, :top_k]
-    if is_active is not None:
-        is_active_T1 = is_active.unsqueeze(1)
-        is_choice_TK = is_active_T1 if is_choice_TK is None else is_choice_TK & is_active_T1
-    if is_choice_TK is None:
-        chosen_weights_TK = scores_TE.gather(1, chosen_TK)
-    else:  # where there is no choice the scores may be NaN
-        chosen_weights_TK = torch.where(is_choice_TK, scores_TE.gather(1, chosen_TK.clamp(min=0)), 0.0)
+        groups = num_expert_group, topk_group
+        chosen_TK, scores_TE = choose(logits_TE, top_k, scoring, *groups, e_score_correction_bias, is_active_T1)
+    chosen_weights_TK = scores_TE.gather(1, chosen_TK.to(torch.int64))
+    if is_choice_TK is not None:  # where there is no choice the scores may be NaN
+        chosen_weights_TK = torch.where(is_choice_TK, chosen_weights_TK, 0.0)
         chosen_TK = torch.where(is_choice_TK, chosen_TK, -1)
     if renormalize:
         chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
     if routed_scaling_factor != 1:
         chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
     return chosen_weights_TK.contiguous(), chosen_TK.to(torch.int32, memory_format=torch.contiguous_format)
+
+
+def choose_by_sorting(
+    logits_TE: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    num_expert_group: int,
+    topk_group: int,
+    e_score_correction_bias: torch.Tensor | None,
+    is_active_T1: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The choice ``[T, K]`` of each row, whether it is active or not, and all scores ``[T, E]``."""
+    scores_TE = _score(logits_TE, scoring)
+    choice_TE = scores_TE if e_score_correction_bias is None else scores_TE + e_score_correction_bias
+    order_TE = _descending(choice_TE)
+    if topk_group < num_expert_group:
+        is_allowed_TE = _best_groups(choice_TE, num_expert_group, topk_group, e_score_correction_bias is not None)
+        # Those of chosen groups first: by a sort, since no score is so low that a bias of -inf is not as low.
+        order_TE = order_TE.gather(1, _descending(is_allowed_TE.gather(1, order_TE)))
+    return order_TE[:, :top_k], scores_TE
 
 
 def _score(logits_TE: torch.Tensor, scoring: str) -> torch.Tensor:
@@ -141,7 +162,7 @@ _route_op = define(
     "route(Tensor router_logits, int top_k, str scoring, bool renormalize, int num_expert_group, int topk_group,"
     " Tensor? e_score_correction_bias, float routed_scaling_factor, Tensor? is_active, Tensor? input_ids,"
     " Tensor? token_to_experts) -> (Tensor, Tensor)",
-    kernel=_route,
+    kernel=partial(route_kernel, choose_by_sorting),
     fake=shapes.route,
     backward=_route_backward,
     setup_context=_keep_choice,

@@ -8,6 +8,7 @@ import enum
 from typing import NamedTuple
 
 from fake_impls.layout import rows_per_rank
+from moe_ops.backends.npu_mc2 import MAX_ROWS
 from moe_ops.cost_types import Calibration, FormCost, LayerShape, RowCopies, Topology
 from moe_ops.costs import predict_costs
 from moe_ops.types import Dispatch, Strategy
@@ -22,7 +23,7 @@ class DeviceFamily(enum.Enum):
     ASCEND_310P = "310p"
 
 
-MC2_ROWS = {DeviceFamily.A2: 256, DeviceFamily.A3: 512, DeviceFamily.A5: 512}
+MC2_ROWS = {DeviceFamily.A2: 256, DeviceFamily.A3: MAX_ROWS, DeviceFamily.A5: MAX_ROWS}
 """Rows of a rank that MC2 can take. A2, A3: the limits of the kernel (torch_npu, ``npu_moe_distribute_dispatch``); A5:
 vllm-ascend's, which uses 512 on A2, too."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
-from .ranks import RankPool
+from .ranks import RankPool, pool_of_ranks
 
 collect_ignore = [] if importlib.util.find_spec("torch_npu") else ["npu"]
 
@@ -21,26 +21,20 @@ settings.load_profile("moe_ops")
 torch.set_num_threads(1)
 
 
-def _pool(size: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(size, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(scope="session")
 def ranks1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    yield from _pool(1, tmp_path_factory)
+    yield from pool_of_ranks(1, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def ranks2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    yield from _pool(2, tmp_path_factory)
+    yield from pool_of_ranks(2, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def ranks4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four real gloo ranks, shared by all tests of the session."""
-    yield from _pool(4, tmp_path_factory)
+    yield from pool_of_ranks(4, tmp_path_factory)
 
 
 @pytest.fixture

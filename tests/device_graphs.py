@@ -28,6 +28,8 @@ class Form(NamedTuple):
     shared: str | None = None
     overlap_gate: bool = False
     dtype: torch.dtype = torch.bfloat16
+    routing: mo.Routing = mo.Routing(TOP_K, E)
+    is_packed: bool = False
 
 
 MC2, ALL2ALL, ALLGATHER = mo.Strategy.MC2, mo.Strategy.ALL2ALL, mo.Strategy.ALLGATHER
@@ -52,13 +54,12 @@ QUANTISED_FORMS = {
 }
 
 
-class Buffers:
+class Buffers(NamedTuple):
     """What enters the graph of one bucket."""
 
-    def __init__(self, num_tokens: int, dtype: torch.dtype, device: str) -> None:
-        self.hidden_states = torch.zeros(num_tokens, H, dtype=dtype, device=device)
-        self.router_logits = torch.zeros(num_tokens, E, device=device)
-        self.mc2_mask = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+    hidden_states: torch.Tensor
+    router_logits: torch.Tensor
+    mc2_mask: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +71,14 @@ class Buffers:
         self.hidden_states[:count].copy_(hidden_states)
         self.router_logits[:count].copy_(router_logits)
         self.mc2_mask.copy_(torch.arange(self.num_tokens) < count)
+
+
+def make_buffers(num_tokens: int, dtype: torch.dtype, device: str) -> Buffers:
+    return Buffers(
+        torch.zeros(num_tokens, H, dtype=dtype, device=device),
+        torch.zeros(num_tokens, E, device=device),
+        torch.zeros(num_tokens, dtype=torch.bool, device=device),
+    )
 
 
 class Captured(NamedTuple):
@@ -84,40 +93,55 @@ def draw(count: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[to
     return torch.randn(count, H, generator=generator).to(dtype), torch.randn(count, E, generator=generator)
 
 
+def make_experts(form: Form, groups: mo.ParallelGroups, device: str) -> mo.ExpertWeights:
+    """Those of a rank, in the format and the layout of the form."""
+    local = E // groups.ep.size
+    generator = torch.Generator().manual_seed(groups.ep.rank)
+    w13, w2 = (
+        draw_weight((local, 2 * I, H), form, generator, device),
+        draw_weight((local, H, I), form, generator, device),
+    )
+    experts = mo.ExpertWeights(w13, w2)
+    if form.quant is not mo.Quant.NONE:
+        w13, w13_scale = mo.quantize_weights(w13, quant=form.quant)
+        w2, w2_scale = mo.quantize_weights(w2, quant=form.quant)
+        experts = mo.ExpertWeights(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale)
+    return mo.prepack_experts(experts) if form.is_packed else experts
+
+
+def draw_weight(shape: tuple[int, ...], form: Form, generator: torch.Generator, device: str) -> torch.Tensor:
+    return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(form.dtype).to(device)
+
+
 def make_stage(
     form: Form, groups: mo.ParallelGroups, device: str, run: Callable[..., Any] = mo.moe_stage
-) -> Callable[[Buffers], Any]:
-    """The stage of a rank, with weights that stay; `run` may be `moe_stage_steps`."""
-    generator = torch.Generator().manual_seed(groups.ep.rank)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(form.dtype).to(device)
-
-    local = E // groups.ep.size
-    experts = mo.ExpertWeights(weight(local, 2 * I, H), weight(local, H, I))
-    if form.quant is not mo.Quant.NONE:
-        w13, w13_scale = mo.quantize_weights(experts.w13, quant=form.quant)
-        w2, w2_scale = mo.quantize_weights(experts.w2, quant=form.quant)
-        experts = experts._replace(w13=w13, w2=w2, w13_scale=w13_scale, w2_scale=w2_scale)
+) -> Callable[..., Any]:
+    """The stage of a rank as a function of `Buffers`, with weights that stay; `run` may be `moe_stage_steps`."""
+    experts, generator = make_experts(form, groups, device), torch.Generator().manual_seed(1)
+    tables = {
+        name: table.to(device) for name, table in form.routing._asdict().items() if isinstance(table, torch.Tensor)
+    }
+    routing = form.routing._replace(**tables)
     shared = None
     if form.shared is not None:
-        shared = mo.SharedExperts(weight(2 * I, H), weight(H, I), form.shared == "sharded", None)
+        weights = [draw_weight(shape, form, generator, device) for shape in ((2 * I, H), (H, I))]
+        shared = mo.SharedExperts(*weights, is_tp_sharded=form.shared == "sharded")
 
-    def stage(buffers: Buffers) -> Any:
-        count, ep = buffers.num_tokens, groups.ep
+    def stage(hidden_states: torch.Tensor, router_logits: torch.Tensor, mc2_mask: torch.Tensor) -> Any:
+        count, ep = hidden_states.shape[0], groups.ep
         counts = None
         if form.counts == "ragged":  # fewer on each rank, and this rank's as they are
             counts = [max(count - 3 * ((rank - ep.rank) % ep.size), 0) for rank in range(ep.size)]
         return run(
-            buffers.hidden_states,
-            buffers.router_logits,
+            hidden_states,
+            router_logits,
             experts,
-            routing=mo.Routing(TOP_K, E),
+            routing=routing,
             strategy=form.strategy,
             groups=groups,
             dispatch=form.dispatch,
             reduce_results=True,
-            mc2_mask=buffers.mc2_mask if form.strategy is MC2 and not form.sharded else None,
+            mc2_mask=mc2_mask if form.strategy is MC2 and not form.sharded else None,
             max_tokens_across_dp=count,
             max_tokens_across_pcp=count * groups.dp.size,
             num_tokens_across_ep=counts,
@@ -150,15 +174,13 @@ def capture(run: Callable[[], Any], device: str, pool: Any = None) -> Captured:
     return Captured(graph, output)
 
 
-def capture_buckets(
-    stage: Callable[[Buffers], Any], dtype: torch.dtype, device: str
-) -> dict[int, tuple[Buffers, Captured]]:
+def capture_buckets(stage: Callable[..., Any], dtype: torch.dtype, device: str) -> dict[int, tuple[Buffers, Captured]]:
     """A graph for each bucket, the largest first, since the others fit into its memory."""
     captured: dict[int, tuple[Buffers, Captured]] = {}
     pool = None
     for num_tokens in sorted(BUCKETS, reverse=True):
-        buffers = Buffers(num_tokens, dtype, device)
-        warm_up(lambda buffers=buffers: stage(buffers), device)
-        captured[num_tokens] = buffers, capture(lambda buffers=buffers: stage(buffers), device, pool)
+        buffers = make_buffers(num_tokens, dtype, device)
+        warm_up(lambda buffers=buffers: stage(*buffers), device)
+        captured[num_tokens] = buffers, capture(lambda buffers=buffers: stage(*buffers), device, pool)
         pool = captured[num_tokens][1].graph.pool()
     return captured

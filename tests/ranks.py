@@ -2,12 +2,13 @@
 
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -93,3 +94,10 @@ class RankPool:
             process.terminate()
             process.join()
         self._pipes, self._processes = [], []
+
+
+def pool_of_ranks(size: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """For a fixture that lends a pool to many tests."""
+    pool = RankPool(size, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()

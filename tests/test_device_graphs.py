@@ -8,7 +8,7 @@ import torch
 
 import moe_ops as mo
 
-from .device_graphs import BUCKETS, FORMS, Buffers, capture, capture_buckets, draw, make_stage, warm_up
+from .device_graphs import BUCKETS, FORMS, capture, capture_buckets, draw, make_buffers, make_stage, warm_up
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -26,7 +26,7 @@ def test_replay_equals_eager(form: str) -> None:
         buffers.write(*draw(count, seed))
         captured.output.fill_(torch.nan)  # each replay writes all of it
         captured.graph.replay()
-        torch.testing.assert_close(captured.output, stage(buffers), **TOLERANCE)
+        torch.testing.assert_close(captured.output, stage(*buffers), **TOLERANCE)
         assert captured.output.data_ptr() == addresses[bucket]
         if form == "mc2":
             assert not captured.output[count:].any()
@@ -37,10 +37,10 @@ def test_replay_equals_eager(form: str) -> None:
 def test_interleaved_micro_batches(form: str) -> None:
     stage = make_stage(FORMS[form], mo.ParallelGroups(), DEVICE)
     steps = make_stage(FORMS[form], mo.ParallelGroups(), DEVICE, run=mo.moe_stage_steps)
-    halves = [Buffers(num_tokens, FORMS[form].dtype, DEVICE) for num_tokens in (16, 8)]
+    halves = [make_buffers(num_tokens, FORMS[form].dtype, DEVICE) for num_tokens in (16, 8)]
 
     def run() -> list[torch.Tensor]:
-        return mo.interleave(*(steps(half) for half in halves))
+        return mo.interleave(*(steps(*half) for half in halves))
 
     warm_up(run, DEVICE)
     captured = capture(run, DEVICE)
@@ -49,4 +49,4 @@ def test_interleaved_micro_batches(form: str) -> None:
             half.write(*draw(half.num_tokens - seed, seed))
         captured.graph.replay()
         for half, output in zip(halves, captured.output, strict=True):
-            torch.testing.assert_close(output, stage(half), **TOLERANCE)
+            torch.testing.assert_close(output, stage(*half), **TOLERANCE)

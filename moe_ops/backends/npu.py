@@ -88,11 +88,11 @@ def scale_of_pairs(scale: torch.Tensor, hidden_size: int) -> torch.Tensor:
     return scale[:, : -(-hidden_size // BLOCK)].contiguous().view(torch.float8_e8m0fnu)
 
 
-def gating_can_route(scoring: str, num_experts: int, num_groups: int, has_table: bool) -> bool:
+def gating_can_route(scoring: str, num_experts: int, num_groups: int) -> bool:
     """Whether the fused gating has this form of routing, within its limits on experts and groups."""
     size = num_experts // num_groups
     aligned = -(-size // 32) * 32 * num_groups
-    return scoring in ("softmax", "sigmoid") and not has_table and size > 2 and max(aligned, num_experts) <= 2048
+    return scoring in ("softmax", "sigmoid") and size > 2 and max(aligned, num_experts) <= 2048
 
 
 def gating_top_k(
@@ -103,7 +103,7 @@ def gating_top_k(
     topk_group: int,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 ids ``[N, K]`` and the scores of the chosen, not renormalised. Page: npu_moe_gating_top_k.
+    """Ids ``[N, K]``, int32, and all scores ``[N, E]``, before the bias. Page: npu_moe_gating_top_k.
 
     The op divides sigmoid scores by their sum, and those of softmax never, whatever the model does; so the scores come from its
     third result. Groups are ranked by their best expert, or with a bias by the sum of their best two.
@@ -118,7 +118,7 @@ def gating_top_k(
         norm_type=1 if scoring == "sigmoid" else 0,
         out_flag=True,
     )
-    return ids_TK, scores_TE.gather(1, ids_TK.to(torch.int64))
+    return ids_TK, scores_TE
 
 
 def init_routing(

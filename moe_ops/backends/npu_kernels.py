@@ -2,18 +2,18 @@
 kernel. Both are made of ops that torch_npu converts to its graphs, so either may stand in a graph in place of the op."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fake_impls import experts as expert_shapes
 from fake_impls import quantize as quantize_shapes
-from fake_impls import route as route_shapes
 from fake_impls.dispatchers import local as local_shapes
 from moe_ops._library import BODIES, PORTABLE, add_kernel
 from moe_ops.backends import npu
 from moe_ops.dispatchers.local import sources
-from moe_ops.route import EPSILON
+from moe_ops.route import choose_by_sorting, route_kernel
 from moe_ops.types import Quant
 
 KEY = "PrivateUse1"  # the dispatch key that torch_npu takes
@@ -41,41 +41,21 @@ def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize(x, Quant.MXFP4, "quantize_mxfp4")
 
 
-def _route(
-    router_logits: torch.Tensor,
+def _choose(
+    logits_TE: torch.Tensor,
     top_k: int,
     scoring: str,
-    renormalize: bool,
     num_expert_group: int,
     topk_group: int,
     e_score_correction_bias: torch.Tensor | None,
-    routed_scaling_factor: float,
-    is_active: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    token_to_experts: torch.Tensor | None,
+    is_active_T1: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    choice = top_k, scoring, renormalize, num_expert_group, topk_group, e_score_correction_bias, routed_scaling_factor
-    rows = is_active, input_ids, token_to_experts
-    has_table = token_to_experts is not None
-    if not npu.gating_can_route(scoring, router_logits.shape[1], num_expert_group, has_table):
-        weights_TK, ids_TK = BODIES["route"][PORTABLE](router_logits, *choice, *rows)
-        return weights_TK, ids_TK
-    route_shapes.route(router_logits, *choice, *rows)
-    logits_TE = router_logits.to(torch.float32)
-    is_active_T1 = None if is_active is None else is_active.unsqueeze(1)
+    choice = top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
+    if not npu.gating_can_route(scoring, logits_TE.shape[1], num_expert_group):
+        return choose_by_sorting(logits_TE, *choice, is_active_T1)
     if is_active_T1 is not None:  # other rows may hold NaN, for which the op need not return ids of experts
         logits_TE = torch.where(is_active_T1, logits_TE, 0.0)
-    ids_TK, weights_TK = npu.gating_top_k(
-        logits_TE, top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
-    )
-    if renormalize:
-        weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + EPSILON)
-    if routed_scaling_factor != 1:
-        weights_TK = weights_TK * routed_scaling_factor
-    if is_active_T1 is not None:
-        weights_TK = torch.where(is_active_T1, weights_TK, 0.0)
-        ids_TK = torch.where(is_active_T1, ids_TK, -1)
-    return weights_TK, ids_TK
+    return npu.gating_top_k(logits_TE, *choice)
 
 
 def _permute(
@@ -117,7 +97,7 @@ for _name, _kernel in (
     ("quantize_int8", _quantize_int8),
     ("quantize_mxfp8", _quantize_mxfp8),
     ("quantize_mxfp4", _quantize_mxfp4),
-    ("route", _route),
+    ("route", partial(route_kernel, _choose)),
     ("permute_by_expert", _permute),
     ("unpermute", _unpermute),
     ("grouped_linear", _grouped_linear),

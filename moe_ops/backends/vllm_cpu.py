@@ -83,6 +83,7 @@ vllm_cpu_experts = define(
     "vllm_cpu_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, SymInt first_expert, Tensor w13, Tensor w2,"
     " Tensor? w13_bias, Tensor? w2_bias, str activation, bool is_weighed) -> Tensor",
     kernel=_experts,
+    key="CPU",
     fake=shapes.vllm_cpu_experts,
     backward=no_gradient,
 )

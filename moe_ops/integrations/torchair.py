@@ -80,7 +80,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """What replaces each op of this library, and what of the bodies torchair has no converter for."""
     aten = torch.ops.aten
     return {
-        **{getattr(torch.ops.moe_ops, name).default: partial(_body, name) for name in BODIES},
+        **{
+            getattr(torch.ops.moe_ops, name).default: partial(_body, name)
+            for name, kernels in BODIES.items()
+            if PORTABLE in kernels
+        },
         **get_decompositions([aten.softplus]),
         aten.sort.stable: _sort,
         aten.amax.default: _amax,

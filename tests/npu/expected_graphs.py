@@ -8,8 +8,8 @@ IS_REAL = "Range Cast Less"
 IS_ACTIVE = f"{IS_REAL} LogicalAnd"
 RENORMALIZE = "ReduceSum Add RealDiv"
 ROUTE = f"Cast MoeGatingTopK Cast GatherElements {RENORMALIZE}"
-ROUTE_ACTIVE = f"Cast Unsqueeze SelectV2 MoeGatingTopK Cast GatherElements {RENORMALIZE}"  # of other rows no logits
-GO_NOWHERE = "SelectV2 SelectV2"
+# Of other rows neither logits nor choices.
+ROUTE_ACTIVE = f"Cast Unsqueeze SelectV2 MoeGatingTopK Cast GatherElements SelectV2 SelectV2 {RENORMALIZE}"
 DISPATCH = "GreaterEqual Range Cast SelectV2 MoeDistributeDispatchV2"
 COMBINE = "MoeDistributeCombineV2 ReduceAny SelectV2"
 EXPERTS = "Transpose GroupedMatmul SwiGlu Transpose GroupedMatmul"
@@ -35,7 +35,7 @@ def unpack(num_tensors: int) -> str:
 
 
 LOCAL_EXPERTS = f"{PERMUTE} {EXPERTS} {UNPERMUTE}"
-MC2_ROUTE = f"{IS_ACTIVE} {ROUTE_ACTIVE} {GO_NOWHERE}"
+MC2_ROUTE = f"{IS_ACTIVE} {ROUTE_ACTIVE}"
 RAGGED = 8  # ranks, each of which has a block of rows
 
 EXPECTED = {
@@ -45,9 +45,9 @@ EXPECTED = {
     "mc2-packed": f"{MC2_ROUTE} {DISPATCH} {PACKED_EXPERTS} {COMBINE}",
     "mc2-w8a8": f"{MC2_ROUTE} {DISPATCH} {INT8_EXPERTS} {COMBINE}",
     "mc2-w8a8-packed": f"{MC2_ROUTE} {DISPATCH} {PACKED_INT8_EXPERTS} {COMBINE}",
-    "mc2-deepseek": f"{IS_ACTIVE} {ROUTE_ACTIVE} Mul Cast {GO_NOWHERE} {DISPATCH} {EXPERTS} {COMBINE}",
+    "mc2-deepseek": f"{IS_ACTIVE} {ROUTE_ACTIVE} Mul Cast {DISPATCH} {EXPERTS} {COMBINE}",
     "mc2-sqrtsoftplus": (
-        f"{IS_ACTIVE} Cast Exp Log1p Greater SelectV2 Sqrt TopKV2 Cast StridedSliceV2 Unsqueeze ClipByValueV2 GatherElements "
+        f"{IS_ACTIVE} Cast Unsqueeze Exp Log1p Greater SelectV2 Sqrt TopKV2 Cast StridedSliceV2 GatherElements "
         f"SelectV2 SelectV2 {RENORMALIZE} Cast {DISPATCH} {EXPERTS} {COMBINE}"
     ),
     "mc2-eplb": (
@@ -55,7 +55,7 @@ EXPECTED = {
         f"IndexByTensor ClipByValueV2 Range Cast Unsqueeze FloorMod IndexByTensor GreaterEqual SelectV2 Cast "
         f"{DISPATCH} {EXPERTS} {COMBINE}"
     ),
-    "all2all-fixed": f"{CHUNK} {CHUNK} {IS_REAL} {ROUTE_ACTIVE} {GO_NOWHERE} {DISPATCH} {EXPERTS} {COMBINE} HcomAllGather",
+    "all2all-fixed": f"{CHUNK} {CHUNK} {IS_REAL} {ROUTE_ACTIVE} {DISPATCH} {EXPERTS} {COMBINE} HcomAllGather",
     "allgather-dp": f"{ROUTE} {pack(3)} HcomAllGather {unpack(3)} {LOCAL_EXPERTS} HcomReduceScatter HcomAllReduce",
     "allgather-pcp": (
         # Between the two gathers nothing is done to the rows, so their bytes are only looked at anew.
@@ -65,7 +65,7 @@ EXPECTED = {
     "allgather-ep": f"{ROUTE} {pack(3)} HcomAllGather {unpack(3)} {LOCAL_EXPERTS} HcomReduceScatter",
     "allgather-ep-ragged": (
         f"{ROUTE} {pack(3)} ConcatV2 ConcatV2 HcomAllGather {'StridedSliceV2 ' * RAGGED}ConcatV2 {unpack(3)} {LOCAL_EXPERTS} "
-        f"{'StridedSliceV2 ' * (2 * RAGGED - 1)}ConcatV2 HcomReduceScatter StridedSliceV2"
+        f"{'StridedSliceV2 ' * (2 * RAGGED)}ConcatV2 HcomReduceScatter StridedSliceV2"
     ),
     "allgather-ep-w8a8": (
         f"DynamicQuant {ROUTE} {pack(4)} HcomAllGather {unpack(4)} {PERMUTE} {SOURCES} ClipByValueV2 Reshape GatherV2 "

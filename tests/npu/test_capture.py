@@ -19,11 +19,11 @@ from tests.device_graphs import (
     MC2,
     QUANTISED_FORMS,
     WARM_UPS,
-    Buffers,
     Form,
     capture,
     capture_buckets,
     draw,
+    make_buffers,
     make_stage,
     warm_up,
 )
@@ -82,12 +82,12 @@ def test_captured_is_what_eager_mode_launches(groups, stand_in, form, layout):
     stage, refusals = make_stage(ALL_FORMS[form], groups(layout), "npu"), stand_in.refusals
     expected = COMMUNICATION[form] if layout == "pcp1" else WITH_PCP.get(form, COMMUNICATION[form])
     for num_tokens in BUCKETS:
-        buffers = Buffers(num_tokens, ALL_FORMS[form].dtype, "npu")
-        eager = stand_in.launches_during(lambda buffers=buffers: stage(buffers))
+        buffers = make_buffers(num_tokens, ALL_FORMS[form].dtype, "npu")
+        eager = stand_in.launches_during(lambda buffers=buffers: stage(*buffers))
         assert communication(eager) == expected
-        warmed = stand_in.launches_during(lambda buffers=buffers: warm_up(lambda: stage(buffers), "npu"))
+        warmed = stand_in.launches_during(lambda buffers=buffers: warm_up(lambda: stage(*buffers), "npu"))
         assert warmed == WARM_UPS * eager
-        assert stand_in.launches_during(lambda buffers=buffers: capture(lambda: stage(buffers), "npu")) == eager
+        assert stand_in.launches_during(lambda buffers=buffers: capture(lambda: stage(*buffers), "npu")) == eager
     assert stand_in.refusals == refusals
 
 
@@ -115,10 +115,10 @@ def test_buckets_are_replayed(groups, stand_in, form):
 @pytest.mark.parametrize("form", ["mc2", "mc2-portable", "allgather", "allgather-ep-ragged"])
 def test_interleaved_micro_batches(groups, stand_in, form):
     steps = make_stage(ALL_FORMS[form], groups(), "npu", run=mo.moe_stage_steps)
-    halves = [Buffers(num_tokens, ALL_FORMS[form].dtype, "npu") for num_tokens in (16, 8)]
+    halves = [make_buffers(num_tokens, ALL_FORMS[form].dtype, "npu") for num_tokens in (16, 8)]
 
     def run() -> list[torch.Tensor]:
-        return mo.interleave(*(steps(half) for half in halves))
+        return mo.interleave(*(steps(*half) for half in halves))
 
     eager, refusals = stand_in.launches_during(run), stand_in.refusals
     assert sorted(communication(eager)) == sorted(2 * COMMUNICATION[form])
@@ -136,21 +136,21 @@ def test_interleaved_micro_batches(groups, stand_in, form):
 def test_a_ragged_exchange_is_an_error(groups, stand_in, strategy):
     stage, buffers = (
         make_stage(Form(strategy, mo.Dispatch.ALL_TO_ALL), groups(), "npu"),
-        Buffers(8, torch.bfloat16, "npu"),
+        make_buffers(8, torch.bfloat16, "npu"),
     )
     refusals = stand_in.refusals
     with pytest.raises(NotCapturableError, match="FIXED_CAPACITY can"):
-        capture(lambda: stage(buffers), "npu")
+        capture(lambda: stage(*buffers), "npu")
     assert stand_in.refusals == refusals  # ours comes first
     capture(lambda: buffers.hidden_states + 1, "npu")  # and what comes next can be captured
 
 
 def test_a_host_read_is_refused(groups, stand_in):
     """What the tests above would see, were one in the stage."""
-    stage, buffers = make_stage(FORMS["mc2"], groups(), "npu"), Buffers(8, torch.bfloat16, "npu")
+    stage, buffers = make_stage(FORMS["mc2"], groups(), "npu"), make_buffers(8, torch.bfloat16, "npu")
 
     def run() -> torch.Tensor:
-        return stage(buffers) * buffers.mc2_mask.sum().item()
+        return stage(*buffers) * buffers.mc2_mask.sum().item()
 
     warm_up(run, "npu")
     refusals = stand_in.refusals

@@ -12,17 +12,17 @@ import moe_ops as mo
 from moe_ops import Dispatch, Strategy
 from moe_ops.backends.npu_mc2 import hccl_communicator
 from moe_ops.integrations.torchair import get_npu_backend
+from tests.device_graphs import TOP_K, Buffers, E, Form, H, make_stage
 
 from . import STAND_IN
 from .expected_graphs import EXPECTED, EXPECTED_ON_A5
 from .ge_graphs import GeGraph, Node
-from .layers import A5_FORMS, EXPERTS, FORMS, HIDDEN, RANKS, TOP_K, Form, make_groups, make_inputs
+from .layers import A5_LAYERS, LAYERS, RANKS, Layer, make_inputs
 
 COPIES_AND_CONSTANTS = {"Fill", "Identity"}
 IS_A5 = STAND_IN.chip.startswith("Ascend950")
 TABLE = EXPECTED_ON_A5 if IS_A5 else EXPECTED
-ALL_FORMS = {**FORMS, **A5_FORMS}
-BFLOAT16 = 27  # GE's number
+ALL_LAYERS = {**LAYERS, **A5_LAYERS}
 Compile = Callable[..., tuple[Any, GeGraph]]
 Groups = Callable[..., dict[int, dist.ProcessGroup]]
 
@@ -33,10 +33,10 @@ def backend() -> Callable[..., Any]:
     return get_npu_backend(compiler_config=config)
 
 
-def graph_of(ge: Compile, form: Form, groups: mo.ParallelGroups, num_tokens: int = 6) -> GeGraph:
+def graph_of(ge: Compile, layer: Layer, groups: mo.ParallelGroups, num_tokens: int = 6) -> GeGraph:
     with torch.no_grad():
-        output, graph = ge(form.build(groups), *make_inputs(num_tokens), backend=backend())
-    assert (output.shape, output.dtype, output.device.type) == ((num_tokens, HIDDEN), torch.bfloat16, "npu")
+        output, graph = ge(make_stage(layer.form, groups, "npu"), *make_inputs(num_tokens), backend=backend())
+    assert (output.shape, output.dtype, output.device.type) == ((num_tokens, H), torch.bfloat16, "npu")
     return graph
 
 
@@ -58,9 +58,9 @@ def made(ge: Compile, hccl_groups: Groups) -> Callable[[str], Made]:
     def make(name: str) -> Made:
         if name not in _made:
             hccl_groups(sizes=())
-            form = ALL_FORMS[name]
-            groups = make_groups(form)
-            graph = graph_of(ge, form, groups)
+            layer = ALL_LAYERS[name]
+            groups = layer.groups()
+            graph = graph_of(ge, layer, groups)
             tp = hccl_communicator(groups.tp.name, 0)
             _made[name] = Made(graph, hccl_communicator(groups.ep.name, groups.ep.rank), tp)
         return _made[name]
@@ -91,7 +91,7 @@ def test_dispatch_and_combine_know_their_group_and_their_halves(made: Callable[[
     axis = "group_ep ep_world_size ep_rank_id moe_expert_num group_tp tp_world_size tp_rank_id global_bs"
     dispatch, combine = graph.node("MoeDistributeDispatchV2"), graph.node("MoeDistributeCombineV2")
     for node in (dispatch, combine):
-        assert attributes(node, axis) == [world, RANKS, 0, EXPERTS, world, 1, 0, 0]
+        assert attributes(node, axis) == [world, RANKS, 0, E, world, 1, 0, 0]
     assert attributes(dispatch, "quant_mode expert_token_nums_type shared_expert_rank_num") == [0, 1, 0]
     # x, expert_ids, scales, x_active_mask, expert_scales
     assert [source is not None for source in dispatch.sources[:5]] == [True, True, False, True, IS_A5]
@@ -119,7 +119,7 @@ def test_gating_has_the_groups_of_the_model(made: Callable[[str], Made]) -> None
 
 def test_local_dispatch_is_bounded_by_constants(made: Callable[[str], Made]) -> None:
     graph = made("allgather-dp").graph
-    local = EXPERTS // RANKS
+    local = E // RANKS
     names = "active_num expert_num active_expert_range expert_tokens_num_type expert_tokens_num_flag row_idx_type quant_mode"
     assert attributes(graph.node("MoeInitRoutingV3"), names) == [-1, local + 1, [0, local], 1, True, 0, -1]
     assert graph.node("MoeFinalizeRoutingV2").attributes["drop_pad_mode"] == 2
@@ -127,26 +127,12 @@ def test_local_dispatch_is_bounded_by_constants(made: Callable[[str], Made]) -> 
         assert attributes(product, "split_item group_type group_list_type") == [2, 0, 1]
 
 
-def test_a_list_of_one_group_is_cumulative(ge: Compile, hccl_groups: Groups) -> None:
-    hccl_groups(sizes=())
-    form = FORMS["mc2"]
-    one = form._replace(routing=mo.Routing(top_k=TOP_K, num_experts=RANKS))
-    groups = make_groups(one)
-    experts = mo.ExpertWeights(*(weight[:1] for weight in form.experts()[:2]))
-    layer = one._replace(weights=experts).build(groups)
-    hidden, logits, mask = make_inputs(6)
-    with torch.no_grad():
-        _, graph = ge(layer, hidden, logits[:, :RANKS].clone(), mask, backend=backend())
-    assert [node.attributes["group_list_type"] for node in graph.nodes("GroupedMatmul")] == [0, 0]
-
-
 @pytest.mark.parametrize("name", ["mc2-tp", "allgather-dp", "allgather-ep"])
 def test_one_graph_serves_many_counts(hccl_groups: Groups, name: str) -> None:
     hccl_groups(sizes=())
-    form = FORMS[name]
-    layer = form.build(make_groups(form))
-
-    compiled = torch.compile(layer, backend=backend(), fullgraph=True, dynamic=True)
+    layer = LAYERS[name]
+    stage = make_stage(layer.form, layer.groups(), "npu")
+    compiled = torch.compile(stage, backend=backend(), fullgraph=True, dynamic=True)
     counter = torch._dynamo.utils.counters["stats"]
     counter.clear()
     with torch.no_grad():
@@ -154,82 +140,62 @@ def test_one_graph_serves_many_counts(hccl_groups: Groups, name: str) -> None:
     assert counter["unique_graphs"] == 1
 
 
-def test_ragged_counts_may_be_symbols(ge: Compile, hccl_groups: Groups) -> None:
-    hccl_groups(sizes=())
-    form = FORMS["allgather-ep"]
-    groups, experts = make_groups(form), form.experts()
+def test_ragged_counts_may_be_symbols(made: Callable[[str], Made]) -> None:
+    assert "Maximum" in made("allgather-ep-ragged").graph.types
 
-    def layer(hidden: torch.Tensor, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return mo.moe_stage(
-            hidden,
-            logits,
-            experts,
-            routing=form.routing,
-            strategy=form.strategy,
-            groups=groups,
-            tokens_are_sharded=True,
-            num_tokens_across_ep=[hidden.shape[0], other.shape[0], *[3] * 6],
-        )
 
-    hidden, logits, _ = make_inputs(6)
+def compile_and_call(layer: Layer, inputs: Buffers, made_by: Any, dynamic: bool = True) -> None:
+    stage = make_stage(layer.form, layer.groups(), "npu")
     with torch.no_grad():
-        _, graph = ge(layer, hidden, logits, torch.empty(12, 3).npu(), backend=backend())
-    assert "Maximum" in graph.types
-
-
-def compile_and_call(
-    form: Form, groups: mo.ParallelGroups, inputs: tuple[torch.Tensor, ...], made_by: Any, dynamic: bool = True
-) -> None:
-    with torch.no_grad():
-        torch.compile(form.build(groups), backend=made_by, fullgraph=True, dynamic=dynamic)(*inputs)
+        torch.compile(stage, backend=made_by, fullgraph=True, dynamic=dynamic)(*inputs)
 
 
 def test_a_host_read_is_our_error(hccl_groups: Groups) -> None:
     hccl_groups(sizes=())
-    form = Form(Strategy.ALL2ALL, dispatch=Dispatch.ALL_TO_ALL)
+    layer = Layer(Form(Strategy.ALL2ALL, Dispatch.ALL_TO_ALL))
     with pytest.raises(
         Exception, match="NotCapturableError: torchair: dispatch must be FIXED_CAPACITY, got ALL_TO_ALL"
     ):
-        compile_and_call(form, make_groups(form), make_inputs(6), backend())
+        compile_and_call(layer, make_inputs(6), backend())
 
 
 @pytest.mark.parametrize("name", ["mc2", "allgather-dp"])
 def test_an_unbacked_size_is_our_error(hccl_groups: Groups, name: str) -> None:
     hccl_groups(sizes=())
-    form, inputs = FORMS[name], make_inputs(6)
+    inputs = make_inputs(6)
     mo.mark_token_axes(*inputs)
     with pytest.raises(Exception, match="ValueError: torchair: sizes of inputs must be backed"):
-        compile_and_call(form, make_groups(form), inputs, backend())
+        compile_and_call(LAYERS[name], inputs, backend())
 
 
 def test_without_our_backend_there_is_no_converter(hccl_groups: Groups) -> None:
     hccl_groups(sizes=())
-    form = FORMS["mc2"]
     with pytest.raises(Exception, match="No AscendIR Route was found"):
-        compile_and_call(form, make_groups(form), make_inputs(6), torchair.get_npu_backend(), dynamic=False)
+        compile_and_call(LAYERS["mc2"], make_inputs(6), torchair.get_npu_backend(), dynamic=False)
 
 
 def test_more_rows_than_mc2_takes_are_an_error(hccl_groups: Groups) -> None:
     hccl_groups(sizes=())
-    form = FORMS["mc2"]
-    layer = form.build(make_groups(form))
+    layer = LAYERS["mc2"]
+    stage = make_stage(layer.form, layer.groups(), "npu")
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match="rows of a rank must be at most those that MC2 takes = 512, got 513"),
     ):
-        layer(*make_inputs(513))
+        stage(*make_inputs(513))
 
 
 def test_a_mutated_input_is_written(ge: Compile, hccl_groups: Groups) -> None:
     """What a user's function does to a mask before the stage reaches the caller's tensor and the dispatch."""
     hccl_groups(sizes=())
-    form = FORMS["mc2"]
-    stage = form.build(make_groups(form))
+    layer = LAYERS["mc2"]
+    stage = make_stage(layer.form, layer.groups(), "npu")
 
-    def layer(hidden: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        mask.logical_not_()
-        return stage(hidden, logits, mask)
+    def mutate(hidden_states: torch.Tensor, router_logits: torch.Tensor, mc2_mask: torch.Tensor) -> torch.Tensor:
+        mc2_mask.logical_not_()
+        return stage(hidden_states, router_logits, mc2_mask)
 
     with torch.no_grad():
-        _, graph = ge(layer, *make_inputs(6), backend=backend())
+        _, graph = ge(mutate, *make_inputs(6), backend=backend())
     assert "LogicalNot" in graph.node("NetOutput").inputs  # a result, which is copied into the caller's mask
+    assert "LogicalNot" in graph.node("LogicalAnd").inputs  # and what says which rows are active

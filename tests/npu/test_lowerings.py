@@ -19,9 +19,9 @@ from moe_ops.backends import npu, npu_mc2
 from moe_ops.backends.npu_kernels import KEY
 from moe_ops.experts import run_experts
 from moe_ops.groups import Group
+from tests.device_graphs import MC2, E, Form, H, I, make_experts
 
 from . import STAND_IN
-from .layers import HIDDEN, INTERMEDIATE, make_experts, to_npu
 from .stand_in import StandIn
 
 IS_A5 = STAND_IN.chip.startswith("Ascend950")
@@ -102,6 +102,11 @@ CASES = {
 }
 
 
+def experts_of(form: Form) -> mo.ExpertWeights:
+    """Two of them: those of a rank of eight."""
+    return make_experts(form, mo.ParallelGroups(ep=Group("", E // 2, 0)), "npu")
+
+
 def build(argument: Any) -> Any:
     if isinstance(argument, Like):
         return torch.empty(argument.shape, dtype=argument.dtype, device="npu")
@@ -168,16 +173,15 @@ if IS_A5:
 def test_experts_launch_what_fuses_most(
     stand_in: StandIn, quant: Quant, is_packed: bool, kernels: tuple[str, ...]
 ) -> None:
-    experts = make_experts(quant)
+    experts = experts_of(Form(MC2, quant=quant, is_packed=is_packed))
     if is_packed:
-        experts = mo.prepack_experts(experts)
         assert experts.layout is mo.WeightLayout.NPU
-        assert experts.w13.shape == (2, HIDDEN, 2 * INTERMEDIATE)
-    rows, counts = torch.empty(6, HIDDEN, dtype=torch.bfloat16).npu(), torch.tensor([4, 2]).npu()
+        assert experts.w13.shape == (2, H, 2 * I)
+    rows, counts = torch.empty(6, H, dtype=torch.bfloat16).npu(), torch.tensor([4, 2]).npu()
     results: list[torch.Tensor] = []
     launched = stand_in.launches_during(lambda: results.append(run_experts(rows, counts, experts, quant=quant)))
     assert_in_order(launched, kernels)
-    assert signature(results[0]) == [((6, HIDDEN), torch.bfloat16, "npu")]
+    assert signature(results[0]) == [((6, H), torch.bfloat16, "npu")]
 
 
 @pytest.mark.parametrize("quant", [Quant.NONE, Quant.W8A8, *[Quant.MXFP8] * IS_A5])
@@ -189,7 +193,7 @@ def test_mc2_launches_both_halves(
     rows, top_k, local = 16, 8, 4
 
     def exchange() -> tuple[list[Any], torch.Tensor]:
-        x = torch.empty(rows, HIDDEN, dtype=torch.bfloat16, device="npu")
+        x = torch.empty(rows, H, dtype=torch.bfloat16, device="npu")
         ids = torch.zeros(rows, top_k, dtype=torch.int32, device="npu")
         weights = torch.zeros(rows, top_k, device="npu")
         received, scale, counts, state = npu_mc2.dispatch(x, ids, weights, num_local_experts=local, ep=ep, quant=quant)
@@ -205,13 +209,13 @@ def test_mc2_launches_both_halves(
     parts, output = results[0]
     room = rows * 8 * min(local, top_k)
     dtype = {Quant.NONE: torch.bfloat16, Quant.W8A8: torch.int8, Quant.MXFP8: torch.float8_e4m3fn}[quant]
-    expected = [((room, HIDDEN), dtype, "npu"), ((local,), torch.int64, "npu")]
+    expected = [((room, H), dtype, "npu"), ((local,), torch.int64, "npu")]
     if quant is Quant.W8A8:
         expected.append(((room,), torch.float32, "npu"))
     if quant is Quant.MXFP8:
-        expected.append(((room, HIDDEN // 32), torch.float8_e8m0fnu, "npu"))
+        expected.append(((room, H // 32), torch.float8_e8m0fnu, "npu"))
     assert signature(parts) == expected
-    assert signature(output) == [((rows, HIDDEN), torch.bfloat16, "npu")]
+    assert signature(output) == [((rows, H), torch.bfloat16, "npu")]
     with FakeTensorMode():
         fake_parts, fake_output = exchange()
     assert signature(fake_parts) == expected and signature(fake_output) == signature(output)
@@ -220,7 +224,7 @@ def test_mc2_launches_both_halves(
 def test_the_seventh_result_of_dispatch_is_used_where_it_is_asked_for() -> None:
     """Without expert_scales its meta function gives it no rows, and the kernel A (a difference of torch_npu 2.13)."""
     with FakeTensorMode():
-        x = torch.empty(16, HIDDEN, dtype=torch.bfloat16, device="npu")
+        x = torch.empty(16, H, dtype=torch.bfloat16, device="npu")
         ids = torch.empty(16, 8, dtype=torch.int32, device="npu")
         assert torch.ops.npu.npu_moe_distribute_dispatch_v2(x, ids, "group", 8, 0, 64)[6].shape == (0,)
 
@@ -243,11 +247,10 @@ def test_on_a2_the_exchange_is_the_portable_one(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_packed_weights_serve_their_kernels_alone() -> None:
-    experts = mo.prepack_experts(make_experts(Quant.NONE))
-    rows, counts = torch.empty(6, HIDDEN, dtype=torch.bfloat16).npu(), torch.tensor([4, 2]).npu()
+    experts = experts_of(Form(MC2, is_packed=True))
+    rows, counts = torch.empty(6, H, dtype=torch.bfloat16).npu(), torch.tensor([4, 2]).npu()
     with pytest.raises(ValueError, match=r"must have WeightLayout\.PLAIN with Quant\.W8A8, got WeightLayout\.NPU"):
         run_experts(rows, counts, experts, quant=Quant.W8A8)
     again = mo.prepack_experts(experts)
     assert again.w13 is experts.w13
-    floats = mo.ExpertWeights(*(to_npu(weight.cpu().float()) for weight in make_experts(Quant.NONE)[:2]))
-    assert mo.prepack_experts(floats).layout is mo.WeightLayout.PLAIN
+    assert experts_of(Form(MC2, dtype=torch.float32, is_packed=True)).layout is mo.WeightLayout.PLAIN

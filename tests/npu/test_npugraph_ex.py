@@ -19,10 +19,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import moe_ops as mo
 from moe_ops.collectives import start_even_exchange
-from tests.device_graphs import FORMS, QUANTISED_FORMS, Buffers, Form, make_stage
+from tests.device_graphs import FORMS, QUANTISED_FORMS, Buffers, Form, make_buffers, make_stage
 from tests.problems import E, Inputs, Problem, make_inputs
 from tests.problems import make_stage as make_stage_of_rank
-from tests.ranks import RankPool
+from tests.ranks import RankPool, pool_of_ranks
 
 c10d = torch.ops._c10d_functional
 FORCE_EAGER = {"force_eager": True}
@@ -70,22 +70,16 @@ def stand_in_for_exchange(torchair_first: bool) -> str:
 _libraries: list[torch.library.Library] = []  # what they register ends with them
 
 
-def _pool(size: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(size, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four ranks of their own, in which nothing imports torchair."""
-    yield from _pool(4, tmp_path_factory)
+    yield from pool_of_ranks(4, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def ranks_with_torchair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Two, in which it is imported first."""
-    yield from _pool(2, tmp_path_factory)
+    yield from pool_of_ranks(2, tmp_path_factory)
 
 
 def unmarked(inputs: Inputs) -> Inputs:
@@ -186,16 +180,9 @@ def groups(hccl_groups: Callable[..., Any]) -> mo.ParallelGroups:
     return mo.ParallelGroups.from_device_mesh(dist.init_device_mesh("npu", (4, 2), mesh_dim_names=("dp", "tp")))
 
 
-def stage_of(form: Form, groups: mo.ParallelGroups, num_tokens: int) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+def stage_of(form: Form, groups: mo.ParallelGroups, num_tokens: int) -> tuple[Callable[..., Any], Buffers]:
     """The stage as a function of tensors on the device, and such tensors."""
-    stage, buffers = make_stage(form, groups, "npu"), Buffers(num_tokens, form.dtype, "npu")
-
-    def run(hidden_states: torch.Tensor, router_logits: torch.Tensor, mc2_mask: torch.Tensor) -> torch.Tensor:
-        inputs = Buffers.__new__(Buffers)
-        inputs.hidden_states, inputs.router_logits, inputs.mc2_mask = hidden_states, router_logits, mc2_mask
-        return stage(inputs)
-
-    return run, [buffers.hidden_states, buffers.router_logits, buffers.mc2_mask]
+    return make_stage(form, groups, "npu"), make_buffers(num_tokens, form.dtype, "npu")
 
 
 def communication(launches: list[str]) -> list[str]:
