@@ -60,6 +60,18 @@ def check_logits(router_logits: torch.Tensor, top_k: int, scoring: str) -> None:
         raise ValueError(f"route: scoring must be one of {SCORINGS}, got {scoring!r}")
 
 
+def check_selected(router_logits: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, top_k: int) -> None:
+    """What a function of the caller's chose: `top_k` experts of each row and their weights."""
+    check_dim("route", "router_logits", router_logits, 2)
+    for name, chosen in {"topk_weights": topk_weights, "topk_ids": topk_ids}.items():
+        check_dim("route", f"{name} of select_experts", chosen, 2)
+        check_same_rows("route", f"{name} of select_experts", chosen, "router_logits", router_logits)
+        if chosen.shape[1] != top_k:
+            raise ValueError(f"route: {name} of select_experts must be [T, {top_k}], got {tuple(chosen.shape)}")
+    check_dtype("route", "topk_weights of select_experts", topk_weights, FLOATS)
+    check_dtype("route", "topk_ids of select_experts", topk_ids, IDS)
+
+
 def check_groups(num_experts: int, top_k: int, num_expert_group: int, topk_group: int) -> None:
     """Equal groups, of which enough are chosen to hold `top_k` experts."""
     if num_expert_group < 1 or num_experts % num_expert_group:

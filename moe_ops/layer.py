@@ -150,7 +150,8 @@ def run_gathered(
     gather = partial(_start_gather, layer.groups, lengths)
     if overlap_gate:
         hidden_transfer = Transfer(
-            lambda: gather(payload, fill), lambda: route(router_logits, layer.routing, input_ids=input_ids)
+            lambda: gather(payload, fill),
+            partial(route, router_logits, layer.routing, input_ids=input_ids, hidden_states=x),
         )
         yield hidden_transfer
         topk_weights, topk_ids = hidden_transfer.computed
@@ -158,7 +159,7 @@ def run_gathered(
         yield transfer
         rows, state = hidden_transfer.arrived[0] + transfer.arrived[0], transfer.arrived[1]
     else:
-        topk_weights, topk_ids = route(router_logits, layer.routing, input_ids=input_ids)
+        topk_weights, topk_ids = route(router_logits, layer.routing, input_ids=input_ids, hidden_states=x)
         transfer = Transfer(lambda: gather([*payload, topk_ids, topk_weights], [*fill, -1, 0]), ending.begin)
         yield transfer
         rows, state = transfer.arrived
@@ -182,11 +183,17 @@ def run_exchanged(
     if input_ids is not None:
         input_ids = lay_out_like_prepared(input_ids, state, strategy=layer.strategy, groups=groups)
     is_active = active_rows(prepared, groups=groups)
-    topk_weights, topk_ids = route(prepared.router_logits, layer.routing, is_active=is_active, input_ids=input_ids)
+    topk_weights, topk_ids = route(
+        prepared.router_logits, layer.routing, is_active=is_active, input_ids=input_ids, hidden_states=x
+    )
     if layer.dispatch is Dispatch.FIXED_CAPACITY:  # as many as any rank has: nothing is dropped
         check_at_most("moe_stage", "rows of a rank", x.shape[0], common, "those common to the EP group")
         has_gradient = layer.needs_gradient(x, topk_weights)
-        if not layer.is_weighed and not has_gradient and npu_mc2.can_exchange(x, common, layer.quant):
+        if (
+            not layer.is_weighed
+            and not has_gradient
+            and npu_mc2.can_exchange(x, common, topk_ids.shape[1], layer.quant)
+        ):
             fused = Transfer(partial(_exchange_by_mc2, x, topk_ids, topk_weights, layer, common), ending.begin)
             yield fused
             yield from _finish_exchanged(fused.arrived, state, layer, ending, fused.computed)

@@ -98,7 +98,18 @@ def moe_stage(
     for token, logits in enumerate(router_logits):
         x = hidden_states[token].double()
         input_id = None if input_ids is None else int(input_ids[token])
-        for expert, weight in route(logits, routing, input_id).items():
+        if routing.select_experts is None:
+            chosen = route(logits, routing, input_id)
+        else:
+            row = slice(token, token + 1)
+            ids_of_row = None if input_ids is None else input_ids[row]
+            weights, ids = routing.select_experts(hidden_states[row], router_logits[row], ids_of_row)
+            chosen = {
+                expert: weight
+                for expert, weight in zip(ids[0].tolist(), weights[0].tolist(), strict=True)
+                if expert >= 0
+            }
+        for expert, weight in chosen.items():
             x_in, weight_out = (x * weight, 1.0) if routing.apply_router_weight_on_input else (x, weight)
             b13 = None if all_experts.w13_bias is None else all_experts.w13_bias[expert]
             y = gated_mlp(x_in, all_experts.w13[expert], all_experts.w2[expert], all_experts.activation, b13)

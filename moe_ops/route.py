@@ -67,7 +67,7 @@ def route_kernel(
         chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
     if routed_scaling_factor != 1:
         chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
-    return chosen_weights_TK.contiguous(), chosen_TK.to(torch.int32, memory_format=torch.contiguous_format)
+    return chosen_weights_TK.contiguous(), chosen_TK.to(torch.int32).contiguous()
 
 
 def choose_by_sorting(
@@ -118,7 +118,7 @@ def _map_to_physical(topk_ids: torch.Tensor, logical_to_physical: torch.Tensor) 
     num_replicas_TK = (slots_ER >= 0).sum(dim=1)[logical_TK].clamp(min=1)
     token_T1 = torch.arange(topk_ids.shape[0], device=topk_ids.device).unsqueeze(1)
     slots_TK = slots_ER[logical_TK, token_T1 % num_replicas_TK]
-    return torch.where(topk_ids >= 0, slots_TK, -1).to(torch.int32, memory_format=torch.contiguous_format)
+    return torch.where(topk_ids >= 0, slots_TK, -1).to(torch.int32).contiguous()
 
 
 def _count_expert_load(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -185,6 +185,7 @@ def route(
     *,
     is_active: torch.Tensor | None = None,
     input_ids: torch.Tensor | None = None,
+    hidden_states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the experts of each token and weigh them. All arithmetic is float32; ties go to the lowest id.
 
@@ -196,6 +197,7 @@ def route(
         routing: how.
         is_active: bool ``[T]``: rows that are not (padding) are routed nowhere. None: all are.
         input_ids: int ``[T]``, for hash routing; a negative id is routed nowhere.
+        hidden_states: ``[T, H]``, for a function of the caller's.
 
     Returns:
         ``topk_weights`` float32 ``[T, K]``, whatever the dtype of the activations, and ``topk_ids`` int32 ``[T, K]``: slots
@@ -213,6 +215,24 @@ def route(
     """
     if router_logits.dim() == 2 and router_logits.shape[1] != routing.num_experts:
         raise ValueError(f"route: router_logits must be [T, {routing.num_experts}], got {tuple(router_logits.shape)}")
+    if routing.select_experts is None:
+        topk_weights, topk_ids = _route(router_logits, routing, is_active, input_ids)
+    else:
+        topk_weights, topk_ids = _route_by_caller(hidden_states, router_logits, routing, is_active, input_ids)
+    if routing.logical_to_physical is not None:
+        if routing.logical_to_physical.dim() < 1 or routing.logical_to_physical.shape[0] != routing.num_experts:
+            raise ValueError(
+                f"route: logical_to_physical must be of {routing.num_experts} experts, got "
+                f"{tuple(routing.logical_to_physical.shape)}"
+            )
+        topk_ids = map_to_physical(topk_ids, routing.logical_to_physical)
+    return topk_weights, topk_ids
+
+
+def _route(
+    router_logits: torch.Tensor, routing: Routing, is_active: torch.Tensor | None, input_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the fields of `routing`."""
     if (routing.num_expert_group is None) != (routing.topk_group is None):
         raise ValueError(
             f"route: num_expert_group and topk_group must be given together, got {routing.num_expert_group} and "
@@ -231,14 +251,26 @@ def route(
         input_ids,
         routing.token_to_experts,
     )
-    if routing.logical_to_physical is not None:
-        if routing.logical_to_physical.dim() < 1 or routing.logical_to_physical.shape[0] != routing.num_experts:
-            raise ValueError(
-                f"route: logical_to_physical must be of {routing.num_experts} experts, got "
-                f"{tuple(routing.logical_to_physical.shape)}"
-            )
-        topk_ids = map_to_physical(topk_ids, routing.logical_to_physical)
     return topk_weights, topk_ids
+
+
+def _route_by_caller(
+    hidden_states: torch.Tensor | None,
+    router_logits: torch.Tensor,
+    routing: Routing,
+    is_active: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By `routing.select_experts`."""
+    if routing.select_experts is None or hidden_states is None:
+        raise ValueError("route: hidden_states must be given for select_experts, got None")
+    topk_weights, topk_ids = routing.select_experts(hidden_states, router_logits, input_ids)
+    shapes.check_selected(router_logits, topk_weights, topk_ids, routing.top_k)
+    topk_weights, topk_ids = topk_weights.to(torch.float32), topk_ids.to(torch.int32)
+    is_choice = topk_ids >= 0
+    if is_active is not None:
+        is_choice = is_choice & is_active.unsqueeze(1)
+    return torch.where(is_choice, topk_weights, 0.0), torch.where(is_choice, topk_ids, -1)
 
 
 def count_expert_load(topk_ids: torch.Tensor, *, num_experts: int) -> torch.Tensor:

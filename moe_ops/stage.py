@@ -154,7 +154,7 @@ def _check(layer: Layer, tokens_are_sharded: bool) -> None:
             f"moe_stage: experts must hold num_experts / EP = {num_slots} / {groups.ep.size} experts, "
             f"got {layer.num_local_experts}"
         )
-    if routing.num_redundant_experts and routing.logical_to_physical is None:
+    if routing.num_redundant_experts and routing.logical_to_physical is None and routing.select_experts is None:
         raise ValueError(
             f"moe_stage: logical_to_physical must be given with {routing.num_redundant_experts} redundant experts, got None"
         )

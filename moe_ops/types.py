@@ -1,6 +1,7 @@
 """The enums and named tuples that cross from one step of the stage to the next."""
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -102,6 +103,11 @@ class Dispatch(enum.Enum):
     """An even exchange of a fixed number of rows: static shapes, no host read, can be captured."""
 
 
+SelectExperts: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+]
+
+
 class Routing(NamedTuple):
     """How router logits become expert choices.
 
@@ -120,6 +126,10 @@ class Routing(NamedTuple):
             experts have redundant copies. Of several, token `i` of the call takes number `i` modulo how many there are.
         num_redundant_experts: slots beyond E. EP rank `r` holds the `r`-th equal run of ``E + num_redundant_experts`` slots.
         apply_router_weight_on_input: weigh what goes into an expert, and not again what comes out.
+        select_experts: a function of the caller's that routes instead: of ``hidden_states [T, H]``, ``router_logits`` and
+            `input_ids` (or None) it makes ``topk_weights [T, K]`` and ``topk_ids [T, K]``, or slots if there is no
+            `logical_to_physical`. Rows that pad go in, too, and are routed nowhere whatever it says. Of the fields above, those
+            that choose and weigh are then ignored.
     """
 
     top_k: int
@@ -134,6 +144,7 @@ class Routing(NamedTuple):
     logical_to_physical: torch.Tensor | None = None
     num_redundant_experts: int = 0
     apply_router_weight_on_input: bool = False
+    select_experts: SelectExperts | None = None
 
 
 class WeightLayout(enum.Enum):

@@ -8,6 +8,7 @@ N rows, K top-k, E experts, R rows for the experts, H hidden, I intermediate, B 
 
 import torch
 
+from fake_impls.experts import check_experts
 from fake_impls.quantize import BLOCK
 from moe_ops.types import ExpertWeights, Quant, WeightLayout
 
@@ -144,16 +145,16 @@ def init_routing(
 def finalize_routing(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """``[N * K, H], float32 [N, K], int [N, K] -> [N, H]``, summed in float32. Page: npu_moe_finalize_routing, drop_pad_mode 2.
 
-    A choice that went nowhere has weight 0 and reads row 0. Rows that no choice went to may hold NaN: the caller has put zero
-    there.
+    Every choice reads a row: one that went nowhere has to have the position of a row of zeros, since what its weight of 0 is
+    multiplied with may be infinite.
     """
     summed: torch.Tensor = torch.ops.npu.npu_moe_finalize_routing(
         rows.to(torch.float32),
         None,
         None,
         None,
-        torch.where(positions >= 0, weights, 0.0),
-        positions.clamp(min=0).flatten().to(torch.int32),
+        weights,
+        positions.flatten().to(torch.int32),
         None,
         2,
     )
@@ -188,6 +189,7 @@ def run_quantized_experts(
     """
     w13, w2 = experts.w13, experts.w2
     w13_scale, w2_scale = experts.w13_scale, experts.w2_scale
+    check_experts(counts, w13, w2)
     if w13_scale is None or w2_scale is None:
         raise ValueError("experts: w13_scale and w2_scale must be given with quantised weights, got None")
     if w13.dtype is torch.float8_e4m3fn:

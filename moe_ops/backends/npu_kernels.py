@@ -1,8 +1,9 @@
 """Kernels for Ascend NPUs of the ops that compute: torch_npu's fused ops where they have the op's meaning, else the portable
 kernel. Both are made of ops that torch_npu converts to its graphs, so either may stand in a graph in place of the op."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -53,9 +54,11 @@ def _choose(
     choice = top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
     if not npu.gating_can_route(scoring, logits_TE.shape[1], num_expert_group):
         return choose_by_sorting(logits_TE, *choice, is_active_T1)
-    if is_active_T1 is not None:  # other rows may hold NaN, for which the op need not return ids of experts
-        logits_TE = torch.where(is_active_T1, logits_TE, 0.0)
-    return npu.gating_top_k(logits_TE, *choice)
+    # The op need not return ids of experts for rows with NaN, which those that are not active may hold, too.
+    is_nan_T1 = (logits_TE != logits_TE).any(dim=1, keepdim=True)  # torchair converts no isnan
+    is_usable_T1 = ~is_nan_T1 if is_active_T1 is None else is_active_T1 & ~is_nan_T1
+    ids_TK, scores_TE = npu.gating_top_k(torch.where(is_usable_T1, logits_TE, 0.0), *choice)
+    return ids_TK, torch.where(is_nan_T1, torch.nan, scores_TE)
 
 
 def _permute(
@@ -71,19 +74,24 @@ def _permute(
     rows, counts, positions_R = npu.init_routing(carrier, local_NK, num_local_experts)
     positions_NK = torch.where(is_local_NK, positions_R.view(num_rows, top_k), -1).to(torch.int64)
     source_R = sources(positions_NK, num_rows * top_k).clamp(max=num_rows - 1)
-    permuted = [rows if tensor is carrier else tensor.index_select(0, source_R) for tensor in tensors]
+    carried = next((index for index, tensor in enumerate(tensors) if tensor is carrier), None)
+    permuted = [rows if index == carried else tensor.index_select(0, source_R) for index, tensor in enumerate(tensors)]
     return [*permuted, counts, positions_NK]
 
 
 def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
     num_choices = positions.shape[0] * positions.shape[1]
     # The op takes one row for each choice; without weights the sum is over ranks, and K small.
-    if weights is None or not statically_known_true(rows.shape[0] == num_choices):
+    if weights is None or not statically_known_true(rows.shape[0] == num_choices) or not rows.shape[0]:
         summed: torch.Tensor = BODIES["unpermute"][PORTABLE](rows, weights, positions)
         return summed
     local_shapes.check_unpermute(rows, weights, positions)
-    is_used_R1 = (sources(positions, rows.shape[0]) < positions.shape[0]).unsqueeze(1)
-    return npu.finalize_routing(torch.where(is_used_R1, rows, 0), weights, positions)
+    # Rows that no choice went to may hold NaN. There is one for any choice that went nowhere, whose zeros that may read.
+    is_used_R = sources(positions, rows.shape[0]) < positions.shape[0]
+    place_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
+    unused = torch.where(is_used_R, 0, place_R).amax(dim=0)
+    filled = torch.where(is_used_R.unsqueeze(1), rows, 0)
+    return npu.finalize_routing(filled, weights, torch.where(positions >= 0, positions, unused))
 
 
 def _grouped_linear(
@@ -91,6 +99,12 @@ def _grouped_linear(
 ) -> torch.Tensor:
     expert_shapes.check_grouped_linear(rows, counts, weight, bias)
     return npu.grouped_linear(rows, counts, weight.transpose(1, 2), bias)
+
+
+def _on_npu(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
+    """Other devices may have the same dispatch key."""
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    return kernel(*args) if npu.is_on_npu(first) else BODIES[name][PORTABLE](*args)
 
 
 for _name, _kernel in (
@@ -102,4 +116,4 @@ for _name, _kernel in (
     ("unpermute", _unpermute),
     ("grouped_linear", _grouped_linear),
 ):
-    add_kernel(_name, _kernel, KEY)
+    add_kernel(_name, partial(_on_npu, _name, _kernel), KEY)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import GroupName
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_true, statically_known_true
 
 from fake_impls.checks import check_at_least, check_at_most
 from moe_ops.backends.npu import ASCEND_910_93, ASCEND_950, BY_COUNT, TORCH_E4M3, is_on_npu, scale_of_pairs, soc_version
@@ -20,6 +20,7 @@ from moe_ops.groups import Group, check_group
 from moe_ops.types import Quant
 
 MAX_ROWS, MAX_TOP_K = 512, 16
+MIN_WIDTH, MAX_WIDTH = 1024, 8192  # of a row, on A3
 QUANT_MODES = {Quant.NONE: 0, Quant.W8A8: 2, Quant.W4A8: 2, Quant.MXFP8: 4}
 
 
@@ -45,16 +46,19 @@ class Mc2State(NamedTuple):
     expand_scales: torch.Tensor | None
 
 
-def can_exchange(x: torch.Tensor, common: int, quant: Quant) -> bool:
+def can_exchange(x: torch.Tensor, common: int, top_k: int, quant: Quant) -> bool:
     """Whether MC2 takes these rows, padded to those `common` to all ranks. It has no gradient, and no form for no rows.
 
-    All ranks have to decide alike, so how many rows this one has says nothing.
+    All ranks have to decide alike, so how many rows this one has says nothing. A count that the compiler does not know is held
+    to fit, and checked when the code runs.
     """
     if not is_on_npu(x) or x.dtype not in (torch.bfloat16, torch.float16) or quant not in QUANT_MODES:
         return False
     if soc_version() < (ASCEND_950 if quant is Quant.MXFP8 else ASCEND_910_93):
         return False
-    return not statically_known_true(common == 0)
+    if top_k > MAX_TOP_K or (soc_version() < ASCEND_950 and not MIN_WIDTH <= x.shape[1] <= MAX_WIDTH):
+        return False
+    return guard_or_true(common <= MAX_ROWS) and not statically_known_true(common == 0)
 
 
 def dispatch(
@@ -79,9 +83,7 @@ def dispatch(
     check_at_most("dispatch", "rows of a rank", x.shape[0], MAX_ROWS, "those that MC2 takes")
     check_at_most("dispatch", "top_k", topk_ids.shape[1], MAX_TOP_K, "that of MC2")
     is_choice_NK = topk_ids >= 0
-    # Ids have to be experts, and different ones in each row, masked or not.
-    spare_K = torch.arange(topk_ids.shape[1], device=topk_ids.device, dtype=torch.int32)
-    ids_NK = torch.where(is_choice_NK, topk_ids.to(torch.int32), spare_K)
+    ids_NK = _fill_in(topk_ids.to(torch.int32), is_choice_NK, num_local_experts * ep.size)
     arguments = _axis(num_local_experts, ep)
     is_a5 = soc_version() >= ASCEND_950
     if is_a5:
@@ -113,6 +115,17 @@ def dispatch(
         expand_scales if is_a5 else None,
     )
     return rows, scale, counts, state
+
+
+def _fill_in(topk_ids: torch.Tensor, is_choice_NK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Ids of experts everywhere, and different ones in each row, as the kernel wants them, masked or not."""
+    top_k = topk_ids.shape[1]
+    # Of twice as many candidates as there are choices, half are free in any row, or all that there are else.
+    candidate_C = torch.arange(min(2 * top_k, num_experts), device=topk_ids.device, dtype=torch.int32)
+    is_taken_NC = (topk_ids.unsqueeze(2) == candidate_C).any(dim=1)
+    free_NC = torch.sort(is_taken_NC, dim=1, stable=True).indices
+    which_NK = (~is_choice_NK).to(torch.int64).cumsum(1) - 1
+    return torch.where(is_choice_NK, topk_ids, free_NC.gather(1, which_NK.clamp(min=0)).to(torch.int32))
 
 
 def combine(expert_rows: torch.Tensor, state: Mc2State, *, num_local_experts: int, ep: Group) -> torch.Tensor:

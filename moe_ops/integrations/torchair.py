@@ -26,9 +26,11 @@ def get_npu_backend(
         custom_decompositions: more of them, of other ops, or instead of these.
 
     Raises:
-        ImportError: torch_npu, which brings torchair, is not installed. When a function is compiled:
-        NotCapturableError: it dispatches by ALL_TO_ALL, which reads on the host.
-        ValueError: a size of an input is unbacked (`mark_token_axes`), which GE's graphs cannot hold.
+        ImportError: torch_npu, which brings torchair, is not installed.
+
+    Dynamo wraps what is raised while it compiles (``BackendCompilerFailed``, whose ``inner_exception`` it is):
+    NotCapturableError, if the function dispatches by ALL_TO_ALL, which reads on the host; ValueError, if a size is unbacked, of
+    an input (`mark_token_axes`) or read from a tensor, which GE's graphs cannot hold.
     """
     import torch_npu  # noqa: F401  # which makes torchair importable
     import torchair
@@ -47,15 +49,18 @@ def get_npu_backend(
 
 def _check(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
     """What torchair cannot convert, said in terms of this library."""
+    nodes = [node for part in graph.modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
     reading = {torch.ops.moe_ops.dispatch_all_to_all, torch.ops.moe_ops.start_dispatch_all_to_all}
-    if any(getattr(node.target, "overloadpacket", None) in reading for node in graph.graph.nodes):
+    if any(getattr(node.target, "overloadpacket", None) in reading for node in nodes):
         raise NotCapturableError(
             "torchair: dispatch must be FIXED_CAPACITY, got ALL_TO_ALL, which reads its split sizes on the host"
         )
-    unbacked = [x for x in inputs if isinstance(x, torch.SymInt) and free_unbacked_symbols(x)]
+    values = [*inputs, *(node.meta.get("example_value") for node in nodes)]
+    unbacked = [x for x in values if isinstance(x, torch.SymInt) and free_unbacked_symbols(x)]
     if unbacked:
         raise ValueError(
-            f"torchair: sizes of inputs must be backed, got {unbacked}: compile with dynamic=True and no mark_token_axes"
+            f"torchair: sizes must be backed, got {unbacked}: compile with dynamic=True, without mark_token_axes, and read no "
+            "size from a tensor"
         )
 
 
