@@ -1,0 +1,133 @@
+"""vLLM's MoE runner, whose layers run as the stage."""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.utils import replace_parameter
+
+from fake_impls.layout import ceil_div, largest, padded_rows
+from moe_ops.integrations.vllm.plans import Plan, plan_for
+from moe_ops.integrations.vllm.routing import routing_of
+from moe_ops.integrations.vllm.settings import KEY, read_settings
+from moe_ops.integrations.vllm.support import ACTIVATIONS, why_not
+from moe_ops.integrations.vllm.token_counts import token_counts
+from moe_ops.packed_experts import prepack_experts
+from moe_ops.stage import moe_stage
+from moe_ops.types import ExpertWeights, Routing, WeightLayout
+
+logger = init_logger(f"vllm.{__name__}")  # one of vLLM's, so that its settings apply
+
+
+def install() -> None:
+    """Let vLLM make `MoeOpsRunner` where it makes a ``MoERunner``."""
+    if op_registry_oot.get(MoERunner.__name__) is not MoeOpsRunner:
+        MoERunner.register_oot(MoeOpsRunner)
+
+
+class PlainExperts(UnquantizedFusedMoEMethod):
+    """Experts in the weights that vLLM loads, packed for the kernel of this library that reads them."""
+
+    layout = WeightLayout.PLAIN
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Pack them; anew, after an update of the weights, into the memory that compiled code knows."""
+        plain = weights_of(layer, WeightLayout.PLAIN)
+        packed = prepack_experts(plain)
+        if packed is not plain:
+            is_update = self.layout is not WeightLayout.PLAIN
+            replace_parameter(layer, "w13_weight", packed.w13, prefer_copy=is_update)
+            replace_parameter(layer, "w2_weight", packed.w2, prefer_copy=is_update)
+        self.layout = packed.layout
+
+
+def weights_of(experts: Any, layout: WeightLayout) -> ExpertWeights:
+    """Those of a ``RoutedExperts``."""
+    return ExpertWeights(
+        experts.w13_weight,
+        experts.w2_weight,
+        getattr(experts, "w13_bias", None),
+        getattr(experts, "w2_bias", None),
+        activation=ACTIVATIONS[experts.activation],
+        layout=layout,
+    )
+
+
+class MoeOpsRunner(MoERunner):
+    """Runs the routed experts by `moe_stage`, and what is around them as vLLM does."""
+
+    plan: Plan | None
+    routing: Routing
+
+    def _select_forward(self) -> Any:
+        """What ``forward`` calls for the routed and the shared experts. vLLM asks at the end of the constructor."""
+        vllm_config = get_current_vllm_config()
+        reason = why_not(self, vllm_config)
+        if reason is not None:
+            self.plan = None
+            logger.warning_once("moe_ops: a layer is left to vLLM, because %s.", reason)
+            return super()._select_forward()
+        settings = read_settings(vllm_config.additional_config)
+        # So that a compile cache keeps graphs with the plugin apart from those without, and from those of other settings.
+        vllm_config.additional_config[KEY] = {**settings.to_json(), "version": version("moe-ops")}
+        self.plan = plan_for(self.moe_config, settings, vllm_config)
+        self.routing = routing_of(self.router, self.routed_experts)
+        self._replace_quant_method(PlainExperts(self.moe_config))
+        logger.info_once(
+            "moe_ops: MoE layers run as %s, because %s.",
+            f"{self.plan.strategy.name} {self.plan.dispatch.name if self.plan.dispatch else ''}".rstrip(),
+            self.plan.reason,
+        )
+        return self._run_stage
+
+    @property
+    def _fused_output_is_reduced(self) -> bool:
+        if self.plan is None:
+            return super()._fused_output_is_reduced
+        return self.plan.is_reduced
+
+    def _run_stage(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        shared_experts_input: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        layer_name: Any,
+        hidden_dim_unpadded: int,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """In place of vLLM's ``moe_forward``, whose signature it has: the routed experts' output, after the shared experts'."""
+        plan, experts = self.plan, self.routed_experts
+        assert plan is not None
+        shared = None if self._shared_experts is None else self._shared_experts._layer(shared_experts_input)
+        if self.gate is not None:
+            router_logits, _ = self.gate(hidden_states)
+        routed = moe_stage(
+            hidden_states,
+            router_logits,
+            weights_of(experts, experts.quant_method.layout),
+            routing=self.routing,
+            strategy=plan.strategy,
+            dispatch=plan.dispatch,
+            groups=plan.groups,
+            tokens_are_sharded=plan.tokens_are_sharded,
+            overlap_gate=plan.overlap_gate,
+            input_ids=input_ids,
+            **self._lengths(plan, hidden_states),
+        )
+        return routed if shared is None else (shared, routed)
+
+    def _lengths(self, plan: Plan, hidden_states: torch.Tensor) -> dict[str, Any]:
+        """The token counts of other ranks, as `moe_stage` takes them."""
+        tp, dp = plan.groups.tp.size, plan.groups.dp.size
+        if dp == 1 and plan.tokens_are_sharded:
+            return {}
+        counts = token_counts(hidden_states, dp) if dp > 1 else [hidden_states.shape[0]]
+        if plan.tokens_are_sharded:  # vLLM pads to a multiple of TP, and gives each of its ranks as many
+            return {"num_tokens_across_ep": [ceil_div(count, tp) for count in counts for _ in range(tp)]}
+        longest = largest(counts)
+        return {"max_tokens_across_dp": longest, "padded_num_tokens": padded_rows(longest, tp)}

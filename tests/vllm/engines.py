@@ -1,0 +1,161 @@
+"""A job for vLLM on one rank: an engine is made, generates, and is taken down; the process goes on to the next job."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+MAX_TOKENS = 8
+
+graphs: list[list[str]] = []
+"""Of the last engine: the names of each compiled graph's nodes that are not aten's."""
+
+
+class Job(NamedTuple):
+    """What an engine is to do.
+
+    Attributes:
+        model: directory of a checkpoint.
+        prompts: for each DP rank, token ids.
+        tp, dp, ep: of its ranks; `ep` says whether experts are divided.
+        compiled: whether by Dynamo, with a back end that keeps the graphs and runs them as they are.
+        plugin: whether the plugin is in vLLM.
+        settings: ``additional_config["moe_ops"]``.
+        max_tokens: for each prompt, or one number for all.
+        options: more of the engine's arguments.
+    """
+
+    model: str
+    prompts: Sequence[Sequence[Sequence[int]]]
+    tp: int = 1
+    dp: int = 1
+    ep: bool = False
+    compiled: bool = False
+    plugin: bool = True
+    settings: dict[str, Any] = {}  # noqa: RUF012  # nobody writes to it
+    max_tokens: int | tuple[int, ...] = MAX_TOKENS
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.dp
+
+
+class Answer(NamedTuple):
+    """What was generated for one prompt: token ids, and the log-probability of each."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class Result(NamedTuple):
+    """What a rank made of a job: an answer for each prompt, the graphs, and what its log said of this library."""
+
+    answers: list[Answer]
+    graphs: list[list[str]]
+    log: list[str]
+
+
+def keep_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A back end of ``torch.compile``."""
+    graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+    return graph.forward
+
+
+def run_job(job: Job, rank: int, port: int) -> Result:
+    """The part of one rank."""
+    from vllm import LLM, SamplingParams
+
+    _set_plugin(job.plugin)
+    log = _LogOfPlugin()
+    graphs.clear()
+    torch._dynamo.reset()
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
+    options: dict[str, Any] = {"enforce_eager": not job.compiled, **job.options}
+    if job.compiled:
+        options["compilation_config"] = {"mode": 2, "backend": f"{__name__}.keep_graph"}
+    if job.world_size > 1:
+        options["distributed_executor_backend"] = "external_launcher"
+    llm = LLM(
+        model=job.model,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        seed=0,
+        disable_log_stats=True,
+        tensor_parallel_size=job.tp,
+        data_parallel_size=job.dp,
+        enable_expert_parallel=job.ep,
+        additional_config={"moe_ops": job.settings} if job.settings else {},
+        **options,
+    )
+    try:
+        prompts = job.prompts[rank // job.tp]
+        lengths = [job.max_tokens] * len(prompts) if isinstance(job.max_tokens, int) else job.max_tokens
+        params = [
+            SamplingParams(temperature=0, max_tokens=length, logprobs=1, ignore_eos=True, detokenize=False)
+            for length in lengths
+        ]
+        outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+        answers = [_answer_of(output.outputs[0]) for output in outputs]
+        return Result(answers, list(graphs), log.lines)
+    finally:
+        log.stop()
+        _take_down(llm)
+
+
+def _answer_of(output: Any) -> Answer:
+    chosen = zip(output.token_ids, output.logprobs, strict=True)
+    return Answer(list(output.token_ids), [position[token].logprob for token, position in chosen])
+
+
+def _set_plugin(is_wanted: bool) -> None:
+    """As a process with or without ``MOE_OPS_VLLM=1`` would have it."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from moe_ops.integrations import vllm as plugin
+
+    op_registry_oot.pop("MoERunner", None)
+    os.environ[plugin.VARIABLE] = "1" if is_wanted else "0"
+    plugin.register()
+
+
+class _LogOfPlugin(logging.Handler):
+    """What is logged by this library, while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.logger = logging.getLogger("vllm.moe_ops")
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def stop(self) -> None:
+        self.logger.removeHandler(self)
+
+
+def _take_down(llm: Any) -> None:
+    """What vLLM leaves to the end of the process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
