@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,7 @@ def run_job(job: Job, rank: int, port: int) -> Result:
     from vllm import LLM, SamplingParams
 
     _set_plugin(job.plugin)
+    _number_groups_from(port)
     log = _LogOfPlugin()
     graphs.clear()
     torch._dynamo.reset()
@@ -106,7 +108,7 @@ def run_job(job: Job, rank: int, port: int) -> Result:
     )
     try:
         prompts = job.prompts[rank // job.tp]
-        lengths = [job.max_tokens] * len(prompts) if isinstance(job.max_tokens, int) else job.max_tokens
+        lengths = [job.max_tokens] * len(prompts) if isinstance(job.max_tokens, int) else job.max_tokens[: len(prompts)]
         params = [
             SamplingParams(temperature=0, max_tokens=length, logprobs=1, ignore_eos=True, detokenize=False)
             for length in lengths
@@ -116,7 +118,7 @@ def run_job(job: Job, rank: int, port: int) -> Result:
         return Result(answers, list(graphs), log.lines)
     finally:
         log.stop()
-        _take_down(llm)
+        _take_down(llm, port)
 
 
 def _answer_of(output: Any) -> Answer:
@@ -152,10 +154,20 @@ class _LogOfPlugin(logging.Handler):
         self.logger.removeHandler(self)
 
 
-def _take_down(llm: Any) -> None:
+def _number_groups_from(number: int) -> None:
+    """vLLM's shared memory is named by its groups, which are numbered; a number that no other job has keeps them apart, the
+    memory of a killed one included."""
+    from vllm.distributed import parallel_state
+
+    parallel_state._group_name_counter.update(dict.fromkeys(parallel_state._group_name_counter | {"tp": 0}, number))
+
+
+def _take_down(llm: Any, number: int) -> None:
     """What vLLM leaves to the end of the process."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
+    for path in Path("/dev/shm").glob(f"*:{number}-*-cpushm_*"):
+        path.unlink(missing_ok=True)

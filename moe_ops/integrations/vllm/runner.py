@@ -1,10 +1,11 @@
 """vLLM's MoE runner, whose layers run as the stage."""
 
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -62,7 +63,7 @@ class MoeOpsRunner(MoERunner):
     """Runs the routed experts by `moe_stage`, and what is around them as vLLM does."""
 
     plan: Plan | None
-    routing: Routing
+    """None: the layer is left to vLLM."""
 
     def _select_forward(self) -> Any:
         """What ``forward`` calls for the routed and the shared experts. vLLM asks at the end of the constructor."""
@@ -75,15 +76,14 @@ class MoeOpsRunner(MoERunner):
         settings = read_settings(vllm_config.additional_config)
         # So that a compile cache keeps graphs with the plugin apart from those without, and from those of other settings.
         vllm_config.additional_config[KEY] = {**settings.to_json(), "version": version("moe-ops")}
-        self.plan = plan_for(self.moe_config, settings, vllm_config)
-        self.routing = routing_of(self.router, self.routed_experts)
+        plan = self.plan = plan_for(self.moe_config, settings, vllm_config)
         self._replace_quant_method(PlainExperts(self.moe_config))
         logger.info_once(
             "moe_ops: MoE layers run as %s, because %s.",
-            f"{self.plan.strategy.name} {self.plan.dispatch.name if self.plan.dispatch else ''}".rstrip(),
-            self.plan.reason,
+            f"{plan.strategy.name} {plan.dispatch.name if plan.dispatch else ''}".rstrip(),
+            plan.reason,
         )
-        return self._run_stage
+        return partial(self._run_stage, plan, routing_of(self.router, self.routed_experts))
 
     @property
     def _fused_output_is_reduced(self) -> bool:
@@ -93,6 +93,8 @@ class MoeOpsRunner(MoERunner):
 
     def _run_stage(
         self,
+        plan: Plan,
+        routing: Routing,
         hidden_states: torch.Tensor,
         router_logits: torch.Tensor,
         shared_experts_input: torch.Tensor | None,
@@ -100,9 +102,8 @@ class MoeOpsRunner(MoERunner):
         layer_name: Any,
         hidden_dim_unpadded: int,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """In place of vLLM's ``moe_forward``, whose signature it has: the routed experts' output, after the shared experts'."""
-        plan, experts = self.plan, self.routed_experts
-        assert plan is not None
+        """In place of vLLM's ``moe_forward``, whose arguments it has: the routed experts' output, after the shared experts'."""
+        experts = self.routed_experts
         shared = None if self._shared_experts is None else self._shared_experts._layer(shared_experts_input)
         if self.gate is not None:
             router_logits, _ = self.gate(hidden_states)
@@ -110,24 +111,25 @@ class MoeOpsRunner(MoERunner):
             hidden_states,
             router_logits,
             weights_of(experts, experts.quant_method.layout),
-            routing=self.routing,
+            routing=routing,
             strategy=plan.strategy,
             dispatch=plan.dispatch,
             groups=plan.groups,
             tokens_are_sharded=plan.tokens_are_sharded,
             overlap_gate=plan.overlap_gate,
             input_ids=input_ids,
-            **self._lengths(plan, hidden_states),
+            **_lengths(plan, hidden_states),
         )
         return routed if shared is None else (shared, routed)
 
-    def _lengths(self, plan: Plan, hidden_states: torch.Tensor) -> dict[str, Any]:
-        """The token counts of other ranks, as `moe_stage` takes them."""
-        tp, dp = plan.groups.tp.size, plan.groups.dp.size
-        if dp == 1 and plan.tokens_are_sharded:
-            return {}
-        counts = token_counts(hidden_states, dp) if dp > 1 else [hidden_states.shape[0]]
-        if plan.tokens_are_sharded:  # vLLM pads to a multiple of TP, and gives each of its ranks as many
-            return {"num_tokens_across_ep": [ceil_div(count, tp) for count in counts for _ in range(tp)]}
-        longest = largest(counts)
-        return {"max_tokens_across_dp": longest, "padded_num_tokens": padded_rows(longest, tp)}
+
+def _lengths(plan: Plan, hidden_states: torch.Tensor) -> dict[str, Any]:
+    """The token counts of other ranks, as `moe_stage` takes them."""
+    tp, dp = plan.groups.tp.size, plan.groups.dp.size
+    if dp == 1 and plan.tokens_are_sharded:
+        return {}
+    counts = token_counts(hidden_states, dp) if dp > 1 else [hidden_states.shape[0]]
+    if plan.tokens_are_sharded:  # vLLM pads to a multiple of TP, and gives each of its ranks as many
+        return {"num_tokens_across_ep": [ceil_div(count, tp) for count in counts for _ in range(tp)]}
+    longest = largest(counts)
+    return {"max_tokens_across_dp": longest, "padded_num_tokens": padded_rows(longest, tp)}
