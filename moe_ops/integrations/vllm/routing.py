@@ -30,6 +30,11 @@ def routing_of(router: BaseRouter, experts: Any) -> Routing:
     )
 
 
+def reads_input_ids(routing: Routing) -> bool:
+    """Whether ids of tokens are of use; models pass them to all their layers."""
+    return routing.token_to_experts is not None or routing.select_experts is not None
+
+
 def _is_plain(router: BaseRouter) -> bool:
     return type(router) is CPURouter and router.custom_routing_function is None
 

@@ -14,7 +14,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from fake_impls.layout import ceil_div, largest, padded_rows
 from moe_ops.integrations.vllm.plans import Plan, plan_for
-from moe_ops.integrations.vllm.routing import routing_of
+from moe_ops.integrations.vllm.routing import reads_input_ids, routing_of
 from moe_ops.integrations.vllm.settings import KEY, read_settings
 from moe_ops.integrations.vllm.support import ACTIVATIONS, why_not
 from moe_ops.integrations.vllm.token_counts import token_counts
@@ -26,9 +26,16 @@ logger = init_logger(f"vllm.{__name__}")  # one of vLLM's, so that its settings 
 
 
 def install() -> None:
-    """Let vLLM make `MoeOpsRunner` where it makes a ``MoERunner``."""
-    if op_registry_oot.get(MoERunner.__name__) is not MoeOpsRunner:
-        MoERunner.register_oot(MoeOpsRunner)
+    """Let vLLM make `MoeOpsRunner` where it makes a ``MoERunner``.
+
+    Raises:
+        RuntimeError: another plugin, such as that of a platform, has replaced that class.
+    """
+    registered = op_registry_oot.get(MoERunner.__name__, MoeOpsRunner)
+    if registered is not MoeOpsRunner:
+        raise RuntimeError(f"moe_ops: MoERunner must not be replaced by another plugin, got {registered.__name__}")
+    if MoERunner.__name__ not in op_registry_oot:
+        MoERunner.register_oot(name=MoERunner.__name__)(MoeOpsRunner)
 
 
 class PlainExperts(UnquantizedFusedMoEMethod):
@@ -117,7 +124,7 @@ class MoeOpsRunner(MoERunner):
             groups=plan.groups,
             tokens_are_sharded=plan.tokens_are_sharded,
             overlap_gate=plan.overlap_gate,
-            input_ids=input_ids,
+            input_ids=input_ids if reads_input_ids(routing) else None,
             **_lengths(plan, hidden_states),
         )
         return routed if shared is None else (shared, routed)
