@@ -28,8 +28,8 @@ class Stock:
     def __init__(self, engines: EnginePool) -> None:
         self.run = cache(lambda *job: engines.run(Job(*job, plugin=False))[0])
 
-    def __call__(self, model: str, prompts: Any, compiled: bool = False, tp: int = 1) -> list[Answer]:
-        result: Result = self.run(model, (tuple(map(tuple, prompts)),), tp, 1, False, compiled)
+    def __call__(self, model: str, prompts: Any, mode: str = "eager", tp: int = 1) -> list[Answer]:
+        result: Result = self.run(model, (tuple(map(tuple, prompts)),), tp, 1, False, mode)
         return result.answers
 
 

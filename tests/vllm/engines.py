@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,11 @@ class Job(NamedTuple):
         model: directory of a checkpoint.
         prompts: for each DP rank, token ids.
         tp, dp, ep: of its ranks; `ep` says whether experts are divided.
-        compiled: whether by Dynamo, with a back end that keeps the graphs and runs them as they are.
+        mode: "eager"; "whole", one graph by Dynamo; "piecewise", cut at the attention, as vLLM does elsewhere than on a CPU.
+            Back ends keep the graphs and run them as they are.
         plugin: whether the plugin is in vLLM.
         settings: ``additional_config["moe_ops"]``.
         max_tokens: for each prompt, or one number for all.
-        options: more of the engine's arguments.
     """
 
     model: str
@@ -43,11 +44,10 @@ class Job(NamedTuple):
     tp: int = 1
     dp: int = 1
     ep: bool = False
-    compiled: bool = False
+    mode: str = "eager"
     plugin: bool = True
     settings: dict[str, Any] = {}  # noqa: RUF012  # nobody writes to it
     max_tokens: int | tuple[int, ...] = MAX_TOKENS
-    options: dict[str, Any] = {}  # noqa: RUF012
 
     @property
     def world_size(self) -> int:
@@ -77,7 +77,7 @@ def keep_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[.
 
 def run_job(job: Job, rank: int, port: int) -> Result:
     """The part of one rank."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     _set_plugin(job.plugin)
     _number_groups_from(port)
@@ -86,12 +86,32 @@ def run_job(job: Job, rank: int, port: int) -> Result:
     torch._dynamo.reset()
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
-    options: dict[str, Any] = {"enforce_eager": not job.compiled, **job.options}
-    if job.compiled:
-        options["compilation_config"] = {"mode": 2, "backend": f"{__name__}.keep_graph"}
-    if job.world_size > 1:
-        options["distributed_executor_backend"] = "external_launcher"
-    llm = LLM(
+    engine = _make_engine(job)
+    try:
+        prompts = job.prompts[rank // job.tp]
+        lengths = [job.max_tokens] * len(prompts) if isinstance(job.max_tokens, int) else job.max_tokens[: len(prompts)]
+        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            params = SamplingParams(temperature=0, max_tokens=length, logprobs=1, ignore_eos=True, detokenize=False)
+            engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+        answers: dict[int, Answer] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    answers[int(output.request_id)] = _answer_of(output.outputs[0])
+        return Result([answers[index] for index in range(len(prompts))], list(graphs), log.lines)
+    finally:
+        log.stop()
+        _take_down(engine, port)
+
+
+def _make_engine(job: Job) -> Any:
+    from vllm.config import CompilationMode
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    compilation = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": f"{__name__}.keep_graph"}
+    config = EngineArgs(
         model=job.model,
         skip_tokenizer_init=True,
         dtype="float32",
@@ -100,25 +120,35 @@ def run_job(job: Job, rank: int, port: int) -> Result:
         max_num_batched_tokens=128,
         seed=0,
         disable_log_stats=True,
+        enforce_eager=job.mode == "eager",
+        compilation_config=compilation if job.mode == "whole" else {},
         tensor_parallel_size=job.tp,
         data_parallel_size=job.dp,
         enable_expert_parallel=job.ep,
+        distributed_executor_backend="external_launcher" if job.world_size > 1 else None,
         additional_config={"moe_ops": job.settings} if job.settings else {},
-        **options,
-    )
-    try:
-        prompts = job.prompts[rank // job.tp]
-        lengths = [job.max_tokens] * len(prompts) if isinstance(job.max_tokens, int) else job.max_tokens[: len(prompts)]
-        params = [
-            SamplingParams(temperature=0, max_tokens=length, logprobs=1, ignore_eos=True, detokenize=False)
-            for length in lengths
-        ]
-        outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        answers = [_answer_of(output.outputs[0]) for output in outputs]
-        return Result(answers, list(graphs), log.lines)
-    finally:
-        log.stop()
-        _take_down(llm, port)
+    ).create_engine_config()
+    if job.mode == "piecewise":  # which vLLM takes back on a CPU
+        compilation = config.compilation_config
+        compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "eager"
+        compilation.splitting_ops, compilation.compile_sizes = None, []
+        compilation.set_splitting_ops_for_v1("allgather_reducescatter", job.dp)
+        _keep_pieces()
+    return LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
+
+
+@cache
+def _keep_pieces() -> None:
+    """Let vLLM's back end that compiles nothing keep what it is given."""
+    from vllm.compilation.compiler_interface import EagerAdaptor
+
+    compile_piece = EagerAdaptor.compile
+
+    def compile_and_keep(self: Any, graph: torch.fx.GraphModule, inputs: list[Any], *args: Any) -> Any:
+        keep_graph(graph, inputs)
+        return compile_piece(self, graph, inputs, *args)
+
+    EagerAdaptor.compile = compile_and_keep
 
 
 def _answer_of(output: Any) -> Answer:
@@ -162,12 +192,11 @@ def _number_groups_from(number: int) -> None:
     parallel_state._group_name_counter.update(dict.fromkeys(parallel_state._group_name_counter | {"tp": 0}, number))
 
 
-def _take_down(llm: Any, number: int) -> None:
+def _take_down(engine: Any, number: int) -> None:
     """What vLLM leaves to the end of the process."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm.llm_engine.engine_core.shutdown()
-    del llm
+    engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     for path in Path("/dev/shm").glob(f"*:{number}-*-cpushm_*"):
         path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from .conftest import Stock
 from .engines import Answer, Job, Result
-from .models import MODELS, VOCABULARY, write_model
+from .models import COMMON, MODELS, VOCABULARY, write_model
 from .ranks import EnginePool
 
 TOLERANCE = 1e-4  # of a log-probability, in float32
@@ -60,13 +60,13 @@ def check_graph(result: Result) -> None:
     assert not [node for node in nodes if "moe_forward" in node]
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["eager", "whole"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_answer_as_ever(engines: EnginePool, stock: Stock, models: Path, name: str, compiled: bool) -> None:
+def test_models_answer_as_ever(engines: EnginePool, stock: Stock, models: Path, name: str, mode: str) -> None:
     model = str(write_model(name, models))
-    (result,) = engines.run(Job(model, [PROMPTS], compiled=compiled))
-    check(result.answers, stock(model, PROMPTS, compiled))
-    if compiled:
+    (result,) = engines.run(Job(model, [PROMPTS], mode=mode))
+    check(result.answers, stock(model, PROMPTS, mode))
+    if mode == "whole":
         check_graph(result)
 
 
@@ -83,26 +83,26 @@ def test_another_weight_is_seen(engines: EnginePool, stock: Stock, models: Path,
 
 
 @pytest.mark.parametrize(
-    ("topology", "form", "compiled"),
+    ("topology", "form", "mode"),
     [
-        (topology, form, compiled)
+        (topology, form, mode)
         for topology, (_, _, _, forms) in TOPOLOGIES.items()
         for index, form in enumerate(forms)
-        for compiled in (False, True)
-        if compiled or index % 2 == 0
+        for mode in ("eager", "whole")
+        if mode == "whole" or index % 2 == 0
     ],
 )
 def test_topologies_answer_as_one_rank(
-    engines: EnginePool, stock: Stock, qwen3: str, topology: str, form: str, compiled: bool
+    engines: EnginePool, stock: Stock, qwen3: str, topology: str, form: str, mode: str
 ) -> None:
     """DP ranks have prompts of other numbers and lengths."""
     tp, dp, ep, _ = TOPOLOGIES[topology]
     prompts = [PROMPTS[1:2], PROMPTS][-dp:]
-    results = engines.run(Job(qwen3, prompts, tp, dp, ep, compiled, settings=FORMS[form]))
+    results = engines.run(Job(qwen3, prompts, tp, dp, ep, mode, settings=FORMS[form]))
     expected = stock(qwen3, PROMPTS)
     for rank, result in enumerate(results):
         check(result.answers, expected if rank // tp == dp - 1 else expected[1:2])
-        if compiled:
+        if mode == "whole":
             check_graph(result)
 
 
@@ -122,9 +122,9 @@ def test_models_answer_as_ever_with_divided_experts(
 @pytest.mark.parametrize("form", ["allgather", "mc2"])
 def test_shared_experts_of_sharded_tokens(engines: EnginePool, stock: Stock, models: Path, form: str) -> None:
     model, prompts = str(write_model("deepseek2", models)), [PROMPTS, PROMPTS[:1]]
-    results = engines.run(Job(model, prompts, tp=2, dp=2, ep=True, compiled=True, settings=FORMS[form]))
+    results = engines.run(Job(model, prompts, tp=2, dp=2, ep=True, mode="whole", settings=FORMS[form]))
     for rank, result in enumerate(results):
-        check(result.answers, stock(model, prompts[rank // 2], compiled=True, tp=tp_of_stock("deepseek2")))
+        check(result.answers, stock(model, prompts[rank // 2], mode="whole", tp=tp_of_stock("deepseek2")))
 
 
 @pytest.mark.parametrize("form", ["allgather", "all2all", "mc2"])
@@ -140,8 +140,21 @@ def test_continuous_batching(engines: EnginePool, stock: Stock, qwen3: str) -> N
     lengths = (1, 9, 3, 12, 5, 1, 7, 2)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (3, 1, 40, 7, 1, 12, 64, 2)]
-    expected = engines.run(Job(qwen3, [prompts], compiled=True, plugin=False, max_tokens=lengths))[0].answers
-    job = Job(qwen3, [prompts, prompts[2:4]], dp=2, ep=True, compiled=True, max_tokens=lengths)
+    expected = engines.run(Job(qwen3, [prompts], mode="whole", plugin=False, max_tokens=lengths))[0].answers
+    job = Job(qwen3, [prompts, prompts[2:4]], dp=2, ep=True, mode="whole", max_tokens=lengths)
     found = engines.run(job)
     check(found[0].answers, expected)
     check_graph(found[0])
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_piecewise(engines: EnginePool, stock: Stock, qwen3: str, dp: int) -> None:
+    """The stage of each layer is in one of the pieces between its attention and the next."""
+    results = engines.run(Job(qwen3, [PROMPTS[1:2], PROMPTS][-dp:], dp=dp, ep=dp > 1, mode="piecewise"))
+    check(results[-1].answers, stock(qwen3, PROMPTS, "piecewise"))
+    for result in results:
+        pieces = [nodes for nodes in result.graphs if any("moe_ops.route" in node for node in nodes)]
+        assert len(pieces) == COMMON["num_hidden_layers"]
+        for nodes in pieces:
+            assert any("moe_ops.vllm_cpu_experts" in node for node in nodes)
+            assert not [node for node in nodes if "attention" in node]
