@@ -247,7 +247,11 @@ def test_unpermute(num_rows: int, top_k: int, hidden: int, special: float, dtype
 
 
 @given(
-    num_rows=st.integers(0, 9), num_experts=st.integers(1, 40), top_k=st.integers(1, 16), kept=st.floats(0, 1), seed=SEEDS
+    num_rows=st.integers(0, 9),
+    num_experts=st.integers(1, 40),
+    top_k=st.integers(1, 16),
+    kept=st.floats(0, 1),
+    seed=SEEDS,
 )
 @settings(max_examples=150)
 def test_mc2_gets_different_experts_in_each_row(

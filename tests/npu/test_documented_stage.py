@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 import moe_ops as mo
 from moe_ops import Quant
 
-from ..problems import E, VOCABULARY, Problem, expected_of, make_inputs, make_stage, own_experts
+from ..problems import VOCABULARY, E, Problem, expected_of, make_inputs, make_stage, own_experts
 from ..ranks import RankPool
 from .documented import calls
 from .documented_chip import on_chip
@@ -187,9 +187,7 @@ def test_ranks_without_tokens_exchange_as_the_others_do(ranks4: RankPool, form: 
 @pytest.mark.parametrize("form", ["allgather-ep", "allgather-dp", "all2all", "mc2"])
 @pytest.mark.parametrize("kind", [WithInfinity, WithNanLogits])
 @pytest.mark.parametrize("top_k", [2, 6])
-def test_what_is_not_finite_stays_in_its_row(
-    ranks4: RankPool, form: str, kind: type[Untied], top_k: int
-) -> None:
+def test_what_is_not_finite_stays_in_its_row(ranks4: RankPool, form: str, kind: type[Untied], top_k: int) -> None:
     hidden_size, intermediate = SIZES[A3]
     problem = kind(
         form,

@@ -18,11 +18,11 @@ from moe_ops.dispatchers.all_to_all import NotCapturableError
 from moe_ops.groups import Group
 from moe_ops.integrations.torchair import get_npu_backend
 from moe_ops.route import route
-from tests.device_graphs import TOP_K, Buffers, E, Form, H, make_stage
+from tests.device_graphs import TOP_K, E, Form, H, make_stage
 
 from . import STAND_IN
-from .expected_graphs import EXPECTED, EXPECTED_ON_A5
 from .conftest import forget_graphs, made_graphs
+from .expected_graphs import EXPECTED, EXPECTED_ON_A5
 from .ge_graphs import GeGraph, Node
 from .layers import A5_LAYERS, LAYERS, RANKS, Layer, make_inputs
 from .stand_in import StandIn
@@ -201,7 +201,7 @@ def test_an_unbacked_size_is_our_error(hccl_groups: Groups, name: str) -> None:
     hccl_groups(sizes=())
     inputs = make_inputs(6)
     mo.mark_token_axes(*inputs)
-    with pytest.raises(BackendCompilerFailed, match="torchair: sizes must be backed, got .u0") as raised:
+    with pytest.raises(BackendCompilerFailed, match=r"torchair: sizes must be backed, got \[u0") as raised:
         compile_and_call(stage_of(LAYERS[name]), *inputs)
     assert isinstance(raised.value.inner_exception, ValueError)
 
@@ -211,7 +211,7 @@ def test_a_size_read_from_a_tensor_is_our_error() -> None:
     def read(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(count.item()) + 1
 
-    with pytest.raises(BackendCompilerFailed, match="torchair: sizes must be backed, got .u0") as raised:
+    with pytest.raises(BackendCompilerFailed, match=r"torchair: sizes must be backed, got \[u0") as raised:
         compile_and_call(read, torch.ones(2).npu(), torch.tensor(3).npu())
     assert isinstance(raised.value.inner_exception, ValueError)
 
@@ -233,9 +233,7 @@ def test_decompositions_of_ones_own_are_added_and_come_first(ge: Compile) -> Non
 def test_without_our_backend_there_is_no_converter(hccl_groups: Groups) -> None:
     hccl_groups(sizes=())
     with pytest.raises(Exception, match="No AscendIR Route was found"):
-        compile_and_call(
-            stage_of(LAYERS["mc2"]), *make_inputs(6), made_by=torchair.get_npu_backend(), dynamic=False
-        )
+        compile_and_call(stage_of(LAYERS["mc2"]), *make_inputs(6), made_by=torchair.get_npu_backend(), dynamic=False)
 
 
 def test_more_rows_than_mc2_takes_are_exchanged_by_the_portable_ops(stand_in: StandIn, hccl_groups: Groups) -> None:
