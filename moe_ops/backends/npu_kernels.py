@@ -86,8 +86,8 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
         summed: torch.Tensor = BODIES["unpermute"][PORTABLE](rows, weights, positions)
         return summed
     local_shapes.check_unpermute(rows, weights, positions)
-    # Rows that no choice went to may hold NaN, and so may weights of choices that went nowhere. For any such choice there is such
-    # a row, whose zeros it reads.
+    # Rows that no choice went to may hold NaN, and so may weights of choices that went nowhere. For any such choice there is
+    # such a row, whose zeros it reads.
     went_NK = positions >= 0
     is_used_R = sources(positions, rows.shape[0]) < positions.shape[0]
     place_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
