@@ -145,7 +145,7 @@ def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torc
     if not a.shape[0]:
         return a.new_zeros(positions.shape, dtype=torch.float32)
     dots_R = (a.to(torch.float32) * b.to(torch.float32)).sum(dim=1)
-    return torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0)
+    return torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0).contiguous()
 
 
 def _end(positions: torch.Tensor) -> int:
