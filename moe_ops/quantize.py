@@ -48,7 +48,8 @@ def _dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.to(dtype).contiguous()
+    # Where nothing is cast, `to` ignores the format; and `contiguous` keeps the strides of sizes of 0 and 1.
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _scale_blocks(x: torch.Tensor, emax: int) -> tuple[torch.Tensor, torch.Tensor]:

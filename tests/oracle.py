@@ -19,7 +19,7 @@ def dense_weights(logits_TE: torch.Tensor, routing: mo.Routing, input_ids: torch
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
         for token, input_id in enumerate(input_ids.tolist()):
             for expert in routing.token_to_experts[input_id].tolist() if input_id >= 0 else []:
-                chosen_TE[token, expert] = True
+                chosen_TE[token, expert] |= expert >= 0
     else:
         bias = routing.e_score_correction_bias
         choice_TE = scores_TE if bias is None else scores_TE + bias.double()

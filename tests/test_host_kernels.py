@@ -4,9 +4,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch.utils._pytree import tree_leaves
 
 from moe_ops import experts
+from moe_ops._library import BODIES, PORTABLE
+from moe_ops.backends import npu_kernels
 from moe_ops.dispatchers import local
+
+from .test_opcheck import LEAF_CASES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 E, H, N = 4, 8, 16
@@ -81,3 +86,16 @@ def test_products(counts: list[int], more: int, dtype: torch.dtype, width: int, 
 @pytest.mark.parametrize("op", ["permute_by_expert", "unpermute", "weigh_rows", "spread_rows", "dot_rows", *PRODUCTS])
 def test_a_cpu_takes_the_second(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops::{op}", "CPU")
+
+
+@pytest.mark.parametrize("op", [op for op in LEAF_CASES if npu_kernels.KEY in BODIES.get(op, {})])
+def test_another_device_of_the_key_of_npus_takes_the_portable_kernel(op: str) -> None:
+    """The key is that of any device outside of torch."""
+    arguments = LEAF_CASES[op](5)
+    found, expected = BODIES[op][npu_kernels.KEY](*arguments), BODIES[op][PORTABLE](*arguments)
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(as_bytes(one), as_bytes(other))
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)

@@ -86,12 +86,14 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
         summed: torch.Tensor = BODIES["unpermute"][PORTABLE](rows, weights, positions)
         return summed
     local_shapes.check_unpermute(rows, weights, positions)
-    # Rows that no choice went to may hold NaN. There is one for any choice that went nowhere, whose zeros that may read.
+    # Rows that no choice went to may hold NaN, and so may weights of choices that went nowhere. For any such choice there is
+    # such a row, whose zeros it reads.
+    went_NK = positions >= 0
     is_used_R = sources(positions, rows.shape[0]) < positions.shape[0]
     place_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
     unused = torch.where(is_used_R, 0, place_R).amax(dim=0)
     filled = torch.where(is_used_R.unsqueeze(1), rows, 0)
-    return npu.finalize_routing(filled, weights, torch.where(positions >= 0, positions, unused))
+    return npu.finalize_routing(filled, torch.where(went_NK, weights, 0.0), torch.where(went_NK, positions, unused))
 
 
 def _grouped_linear(

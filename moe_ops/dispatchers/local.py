@@ -119,7 +119,7 @@ def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tens
     places_R = torch.where(positions >= 0, positions, rows.shape[0]).flatten()
     weights_R = zeros_R.scatter(0, places_R, weights.flatten())
     weighed_RH = rows.to(torch.float32) * weights_R[:-1].unsqueeze(1)
-    return weighed_RH.to(rows.dtype).contiguous()
+    return weighed_RH.to(rows.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def sources(positions: torch.Tensor, rows: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torc
     if not a.shape[0]:
         return a.new_zeros(positions.shape, dtype=torch.float32)
     dots_R = (a.to(torch.float32) * b.to(torch.float32)).sum(dim=1)
-    return torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0)
+    return torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0).contiguous()
 
 
 def _end(positions: torch.Tensor) -> int:

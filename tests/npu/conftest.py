@@ -41,6 +41,11 @@ _keep_graphs(GeConcreteGraph)
 _keep_graphs(AclConcreteGraph)
 
 
+def made_graphs() -> list[GeGraph]:
+    """The graphs that torchair made for GE since `forget_graphs`."""
+    return [GeGraph(made.graph) for made in _made_graphs]
+
+
 def _only_graph() -> Any:
     assert len(_made_graphs) == 1, f"one graph was to be made, got {len(_made_graphs)}"
     return _made_graphs[0]
@@ -73,12 +78,12 @@ def ge() -> Iterator[Callable[..., tuple[Any, GeGraph]]]:
             config = torchair.CompilerConfig()
             config.debug.run_eagerly = True
             backend = torchair.get_npu_backend(compiler_config=config)
-        _forget_graphs()
+        forget_graphs()
         result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
         return result, GeGraph(_only_graph().graph)
 
     yield compile_for_ge
-    _forget_graphs()
+    forget_graphs()
 
 
 @pytest.fixture
@@ -92,17 +97,17 @@ def npugraph_ex() -> Iterator[Callable[..., tuple[Any, AclConcreteGraph]]]:
     def compile_for_npugraph_ex(
         function: Callable[..., Any], *args: Any, calls: int = 1, dynamic: bool = False, **options: Any
     ) -> tuple[Any, AclConcreteGraph]:
-        _forget_graphs()
+        forget_graphs()
         compiled = torch.compile(function, backend="npugraph_ex", options=options, fullgraph=True, dynamic=dynamic)
         for _ in range(calls):
             result = compiled(*args)
         return result, _only_graph()
 
     yield compile_for_npugraph_ex
-    _forget_graphs()
+    forget_graphs()
 
 
-def _forget_graphs() -> None:
+def forget_graphs() -> None:
     torch._dynamo.reset()
     _made_graphs.clear()
 

@@ -177,4 +177,6 @@ def npu_grouped_matmul_swiglu_quant_v2(
 @documents
 def npu_format_cast(input: torch.Tensor, acl_format: int, **options: Any) -> torch.Tensor:
     """The same values in another order in memory, which a CPU has not."""
+    fractal_nz = 29
+    require("npu_format_cast", acl_format == fractal_nz and input.dtype is torch.int8, "FRACTAL_NZ, and int8 here")
     return input.clone()

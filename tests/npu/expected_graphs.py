@@ -7,10 +7,15 @@ look at: one more is one more kernel in every layer.
 IS_REAL = "Range Cast Less"
 IS_ACTIVE = f"{IS_REAL} LogicalAnd"
 RENORMALIZE = "ReduceSum Add RealDiv"
-ROUTE = f"Cast MoeGatingTopK Cast GatherElements {RENORMALIZE}"
+NOT_NAN = "NotEqual ReduceAny LogicalNot"
+GATING = "SelectV2 MoeGatingTopK SelectV2"  # of rows with NaN it gets zeros, and their scores are NaN after it
+ROUTE = f"Cast {NOT_NAN} {GATING} Cast GatherElements {RENORMALIZE}"
 # Of other rows neither logits nor choices.
-ROUTE_ACTIVE = f"Cast Unsqueeze SelectV2 MoeGatingTopK Cast GatherElements SelectV2 SelectV2 {RENORMALIZE}"
-DISPATCH = "GreaterEqual Range Cast SelectV2 MoeDistributeDispatchV2"
+ROUTE_ACTIVE = f"Cast Unsqueeze {NOT_NAN} LogicalAnd {GATING} Cast GatherElements SelectV2 SelectV2 {RENORMALIZE}"
+# Experts that a row did not choose, and which of them stands in for each choice of nothing.
+FREE_EXPERTS = "Range Cast Unsqueeze Equal ReduceAny Cast TopKV2 Cast"
+FILL_IN = f"{FREE_EXPERTS} LogicalNot Cast Cumsum Sub ClipByValueV2 GatherElements Cast SelectV2"
+DISPATCH = f"GreaterEqual {FILL_IN} MoeDistributeDispatchV2"
 COMBINE = "MoeDistributeCombineV2 ReduceAny SelectV2"
 EXPERTS = "Transpose GroupedMatmul SwiGlu Transpose GroupedMatmul"
 PACKED_EXPERTS = "GroupedMatmul SwiGlu GroupedMatmul"
@@ -20,8 +25,10 @@ SHARED_EXPERTS = "Transpose MatMul SwiGlu Transpose MatMul Add"
 CHUNK = "ConcatV2 Reshape GatherV2"
 SOURCES = "Range Cast Unsqueeze BroadcastTo GreaterEqual SelectV2 Reshape Reshape ScatterElements StridedSliceV2"
 PERMUTE = "Sub GreaterEqual Less LogicalAnd SelectV2 Reshape MoeInitRoutingV3 Reshape SelectV2 Cast"
+UNUSED_PLACE = "Range Cast SelectV2 ArgMaxWithValue Cast"
 UNPERMUTE = (
-    f"{SOURCES} Less Unsqueeze SelectV2 Cast GreaterEqual Reshape SelectV2 ClipByValueV2 Reshape Cast "
+    # Rows, weights and positions of choices, each with what stands for nothing; then in the dtypes of the op.
+    f"GreaterEqual {SOURCES} Less {UNUSED_PLACE} Unsqueeze SelectV2 Reshape SelectV2 Cast SelectV2 Cast Reshape Cast "
     "MoeFinalizeRoutingV2 Cast"
 )
 

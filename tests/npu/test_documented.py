@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 import moe_ops as mo
 from moe_ops import Quant
 from moe_ops._library import BODIES, PORTABLE
-from moe_ops.backends import npu_kernels
+from moe_ops.backends import npu_kernels, npu_mc2
 from moe_ops.experts import run_experts
 from moe_ops.types import WeightLayout
 
@@ -26,11 +26,11 @@ HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**32)
 
 
-def lowered(name: str, *args: Any, chip: int = A3, op: str) -> Any:
-    """What an op's kernel for NPUs returns, which has to call the vendor's."""
+def lowered(name: str, *args: Any, chip: int = A3, op: str | None) -> Any:
+    """What an op's kernel for NPUs returns, which has to call the vendor's, or none."""
     with on_chip(chip):
         result = BODIES[name][npu_kernels.KEY](*args)
-        assert calls[op], f"{op} was not called"
+        assert set(calls) == {op} - {None}
     return result
 
 
@@ -105,6 +105,7 @@ class TestQuantize:
     has_bias=st.booleans(),
     factor=st.sampled_from([1.0, 2.5]),
     has_padding=st.booleans(),
+    has_nan=st.booleans(),
     dtype=FLOATS,
     seed=SEEDS,
 )
@@ -119,10 +120,12 @@ def test_route(
     has_bias: bool,
     factor: float,
     has_padding: bool,
+    has_nan: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """No ties, of which the page says nothing; rows that are padding hold NaN, of which it does not say how it is ranked."""
+    """No ties, of which the page says nothing; rows that are padding hold NaN, of which it does not say how it is ranked. Other
+    rows with NaN choose experts, whichever, and weigh them NaN."""
     assume(top_k <= num_experts // groups[0] * groups[1])
     generator = torch.Generator().manual_seed(seed)
     order = [torch.randperm(num_experts, generator=generator) for _ in range(num_rows)]
@@ -130,14 +133,19 @@ def test_route(
     bias = torch.randn(num_experts, generator=generator) if has_bias else None
     assume(not has_bias or has_gaps(logits, bias, scoring, groups[0]))
     is_active = torch.rand(num_rows, generator=generator) < 0.7 if has_padding else None
+    is_nan = torch.rand(num_rows, generator=generator) < 0.3 * has_nan
+    logits[is_nan, 3] = torch.nan
     if is_active is not None:
         logits[~is_active] = torch.nan
+        is_nan &= is_active
     arguments = logits.to(dtype), top_k, scoring, renormalize, *groups, bias, factor, is_active, None, None
     weights, ids = lowered("route", *arguments, op="npu_moe_gating_top_k")
     expected_weights, expected_ids = portable("route", *arguments)
     assert ids.dtype is torch.int32 and weights.dtype is torch.float32
-    assert torch.equal(ids, expected_ids)
-    torch.testing.assert_close(weights, expected_weights)
+    assert torch.equal(ids[~is_nan], expected_ids[~is_nan])
+    torch.testing.assert_close(weights[~is_nan], expected_weights[~is_nan])
+    assert all(set(row) <= set(range(num_experts)) and len(set(row)) == top_k for row in ids[is_nan].tolist())
+    assert weights[is_nan].isnan().all()
 
 
 def has_gaps(logits: torch.Tensor, bias: torch.Tensor, scoring: str, num_groups: int) -> bool:
@@ -173,6 +181,7 @@ CARRIED = {
     local=st.sampled_from([1, 2, 8]),
     dtypes=st.lists(st.sampled_from(sorted(CARRIED)), min_size=1, max_size=3),
     has_scale=st.booleans(),
+    twice=st.booleans(),
     ids_dtype=st.sampled_from([torch.int32, torch.int64]),
     seed=SEEDS,
 )
@@ -184,6 +193,7 @@ def test_permute_by_expert(
     local: int,
     dtypes: list[str],
     has_scale: bool,
+    twice: bool,
     ids_dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -193,23 +203,32 @@ def test_permute_by_expert(
     tensors = [tensor.view(CARRIED[name]) for tensor, name in zip(tensors, dtypes, strict=True)]
     if has_scale:  # of each row one
         tensors.append(torch.rand(num_rows, generator=generator))
+    if twice:
+        tensors.append(tensors[0])
     arguments = tensors, ids, first, local
     *rows, counts, positions = lowered("permute_by_expert", *arguments, op="npu_moe_init_routing_v2")
     *expected_rows, expected_counts, expected_positions = portable("permute_by_expert", *arguments)
     assert torch.equal(counts, expected_counts)
     assert torch.equal(positions, expected_positions)
     used = int(counts.sum())
+    assert len({id(found) for found in rows}) == len(rows)
     for found, expected in zip(rows, expected_rows, strict=True):
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert torch.equal(as_bytes(found[:used]), as_bytes(expected[:used]))
 
 
 @given(
-    num_rows=st.integers(0, 9), top_k=st.integers(1, 4), hidden=st.sampled_from([1, 8, 33]), dtype=FLOATS, seed=SEEDS
+    num_rows=st.integers(0, 9),
+    top_k=st.integers(1, 4),
+    hidden=st.sampled_from([1, 8, 33]),
+    special=st.sampled_from([0.0, torch.inf, torch.nan]),
+    dtype=FLOATS,
+    seed=SEEDS,
 )
 @settings(max_examples=150)
-def test_unpermute(num_rows: int, top_k: int, hidden: int, dtype: torch.dtype, seed: int) -> None:
-    """Rows that no choice went to, and weights of choices that went nowhere, may hold NaN."""
+def test_unpermute(num_rows: int, top_k: int, hidden: int, special: float, dtype: torch.dtype, seed: int) -> None:
+    """Rows that no choice went to, and weights of choices that went nowhere, may hold NaN. What is not finite in a row that is
+    used stays in the result of the one row that chose it."""
     generator = torch.Generator().manual_seed(seed)
     num_choices = num_rows * top_k
     positions = torch.randperm(num_choices, generator=generator).view(num_rows, top_k)
@@ -217,13 +236,36 @@ def test_unpermute(num_rows: int, top_k: int, hidden: int, dtype: torch.dtype, s
     rows = torch.full((num_choices, hidden), torch.nan)
     used = positions[positions >= 0]
     rows[used] = torch.randn(len(used), hidden, generator=generator)
+    rows[used[:1]] = special
     weights = torch.rand(num_rows, top_k, generator=generator).masked_fill(positions < 0, torch.nan)
     arguments = rows.to(dtype), weights, positions
-    found = lowered("unpermute", *arguments, op="npu_moe_finalize_routing")
+    found = lowered("unpermute", *arguments, op="npu_moe_finalize_routing" if num_rows else None)
     expected = portable("unpermute", *arguments)
     assert found.dtype is dtype
-    assert not found.isnan().any()
-    torch.testing.assert_close(found, expected)
+    assert found.isfinite().all(dim=1).sum() >= num_rows - (special != 0)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@given(
+    num_rows=st.integers(0, 9),
+    num_experts=st.integers(1, 40),
+    top_k=st.integers(1, 16),
+    kept=st.floats(0, 1),
+    seed=SEEDS,
+)
+@settings(max_examples=150)
+def test_mc2_gets_different_experts_in_each_row(
+    num_rows: int, num_experts: int, top_k: int, kept: float, seed: int
+) -> None:
+    """Where there is a choice, that; elsewhere any other."""
+    top_k = min(top_k, num_experts)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(num_rows, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
+    is_choice = torch.rand(ids.shape, generator=generator) < kept
+    filled = npu_mc2._fill_in(torch.where(is_choice, ids, -1), is_choice, num_experts)
+    assert filled.dtype is torch.int32
+    assert torch.equal(filled[is_choice], ids[is_choice])
+    assert all(set(row) <= set(range(num_experts)) and len(set(row)) == top_k for row in filled.tolist())
 
 
 @given(

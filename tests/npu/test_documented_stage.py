@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 import moe_ops as mo
 from moe_ops import Quant
 
-from ..problems import E, Problem, expected_of, make_inputs, make_stage, own_experts
+from ..problems import VOCABULARY, E, Problem, expected_of, make_inputs, make_stage, own_experts
 from ..ranks import RankPool
 from .documented import calls
 from .documented_chip import on_chip
@@ -41,6 +41,24 @@ class Untied(Problem):
         return hidden, logits + torch.arange(E) / 64, input_ids
 
 
+class WithInfinity(Untied):
+    """The first token of all is not finite."""
+
+    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden, logits, input_ids = super().tokens(owner)
+        hidden[:1, 3] = torch.inf if owner == 0 else hidden[:1, 3]
+        return hidden, logits, input_ids
+
+
+class WithNanLogits(Untied):
+    """One of the logits of the first token of all is NaN."""
+
+    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden, logits, input_ids = super().tokens(owner)
+        logits[:1, 3] = torch.nan if owner == 0 else logits[:1, 3]
+        return hidden, logits, input_ids
+
+
 def run_lowered(rank: int, problem: Problem, chip: int, is_packed: bool) -> tuple[torch.Tensor, Counter[str]]:
     """The stage of a rank, and which ops it called."""
     with on_chip(chip):
@@ -52,12 +70,19 @@ def run_lowered(rank: int, problem: Problem, chip: int, is_packed: bool) -> tupl
 
 
 def check(ranks: RankPool, problem: Problem, chip: int, is_packed: bool, ops: list[str], tolerance: float) -> None:
-    for rank, (found, called) in enumerate(ranks.run(run_lowered, problem, chip, is_packed)):
-        assert all(called[op] for op in ops), f"{ops} were to be called, got {called}"
+    results = ranks.run(run_lowered, problem, chip, is_packed)
+    # A rank to which no rows came has nothing to call the others for, but all exchange.
+    total = sum((called for _, called in results), Counter())
+    has_rows = any(problem.num_real(rank) for rank in range(4))
+    assert all(total[op] for op in ops if has_rows or op not in LOCAL), f"{ops} were to be called, got {total}"
+    assert all(called[op] for _, called in results for op in ops if op in MC2)
+    for rank, (found, _) in enumerate(results):
         expected = expected_of(problem, rank)
+        is_finite = expected.isfinite().all(dim=1)
         assert found.dtype is problem.dtype
+        assert torch.equal(found.isfinite().all(dim=1), is_finite)
         error = (found.double() - expected).norm(dim=1)  # of a row, since each may have gone astray
-        assert (error <= tolerance * expected.norm(dim=1) + 1e-6).all(), (
+        assert (error <= tolerance * expected.norm(dim=1) + 1e-6)[is_finite].all(), (
             f"rank {rank}: {error} of {expected.norm(dim=1)}"
         )
 
@@ -157,3 +182,42 @@ def test_ranks_without_tokens_exchange_as_the_others_do(ranks4: RankPool, form: 
         masked=2,
     )
     check(ranks4, problem, A3, False, [*MC2, *PLAIN], TOLERANCES[Quant.NONE])
+
+
+@pytest.mark.parametrize("form", ["allgather-ep", "allgather-dp", "all2all", "mc2"])
+@pytest.mark.parametrize("kind", [WithInfinity, WithNanLogits])
+@pytest.mark.parametrize("top_k", [2, 6])
+def test_what_is_not_finite_stays_in_its_row(ranks4: RankPool, form: str, kind: type[Untied], top_k: int) -> None:
+    hidden_size, intermediate = SIZES[A3]
+    problem = kind(
+        form,
+        counts=(3, 5, 2, 4),
+        hidden_size=hidden_size,
+        intermediate=intermediate,
+        routing=mo.Routing(top_k, E),
+        dtype=torch.bfloat16,
+    )
+    ops = [*PLAIN, *(MC2 if form == "mc2" else LOCAL)]
+    check(ranks4, problem, A3, False, ops, TOLERANCES[Quant.NONE])
+
+
+@pytest.mark.parametrize("form", ["mc2", "all2all-fixed"])
+@pytest.mark.parametrize("chip", [A3, A5])
+@given(top_k=st.sampled_from([1, 2, 4, 6]), seed=st.integers(0, 500))
+@settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+def test_tables_with_empty_entries(ranks4: RankPool, form: str, chip: int, top_k: int, seed: int) -> None:
+    """Rows with all choices, with some and with none."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(VOCABULARY)])
+    table[torch.rand(table.shape, generator=generator) < 0.3] = -1
+    hidden_size, intermediate = SIZES[chip]
+    problem = Untied(
+        form,
+        hidden_size=hidden_size,
+        intermediate=intermediate,
+        routing=mo.Routing(top_k, E, token_to_experts=table),
+        dtype=torch.bfloat16,
+        masked=1,
+        seed=seed,
+    )
+    check(ranks4, problem, chip, False, [*MC2, "npu_grouped_matmul", "npu_swiglu"], TOLERANCES[Quant.NONE])

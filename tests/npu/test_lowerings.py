@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moe_ops as mo
 from moe_ops import Quant
 from moe_ops._library import BODIES
-from moe_ops.backends import npu, npu_mc2
+from moe_ops.backends import npu_mc2
 from moe_ops.backends.npu_kernels import KEY
 from moe_ops.experts import run_experts
 from moe_ops.groups import Group
-from tests.device_graphs import MC2, E, Form, H, I, make_experts
+from tests.device_graphs import MC2, E, Form, H, I, make_experts, make_stage
 
 from . import STAND_IN
+from .layers import LAYERS, make_inputs
 from .stand_in import StandIn
 
 IS_A5 = STAND_IN.chip.startswith("Ascend950")
@@ -132,7 +133,7 @@ def test_every_lowering_has_a_case() -> None:
     assert {case.op for case in CASES.values()} == {name for name, kernels in BODIES.items() if KEY in kernels}
 
 
-# The other chips have no fp8 or fp4 to launch anything on.
+# On the other chips the portable bodies would cast to fp8 and fp4: whether these have such casts is not known.
 LAUNCHED = {name: case for name, case in CASES.items() if IS_A5 or not case.op.startswith("quantize_mx")}
 
 
@@ -229,23 +230,6 @@ def test_the_seventh_result_of_dispatch_is_used_where_it_is_asked_for() -> None:
         assert torch.ops.npu.npu_moe_distribute_dispatch_v2(x, ids, "group", 8, 0, 64)[6].shape == (0,)
 
 
-def test_kernels_that_this_chip_does_not_have_are_not_called() -> None:
-    halves = torch.empty(2, 64, dtype=torch.bfloat16, device="npu")
-    assert npu.can_quantize(halves, Quant.W8A8)
-    assert npu.can_quantize(halves, Quant.MXFP8) == IS_A5
-    assert npu_mc2.can_exchange(halves, 2, Quant.MXFP8) == IS_A5
-    assert npu_mc2.can_exchange(halves, 2, Quant.NONE)
-    assert not npu_mc2.can_exchange(halves[:0], 0, Quant.NONE)
-    assert not npu_mc2.can_exchange(halves.float(), 2, Quant.NONE)
-    assert not npu_mc2.can_exchange(halves, 2, Quant.MXFP4)
-
-
-def test_on_a2_the_exchange_is_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its mask is one flag a row, which cannot say that a single choice goes nowhere."""
-    monkeypatch.setattr(npu_mc2, "soc_version", lambda: 220)
-    assert not npu_mc2.can_exchange(torch.empty(2, 64, dtype=torch.bfloat16, device="npu"), 2, Quant.NONE)
-
-
 def test_packed_weights_serve_their_kernels_alone() -> None:
     experts = experts_of(Form(MC2, is_packed=True))
     rows, counts = torch.empty(6, H, dtype=torch.bfloat16).npu(), torch.tensor([4, 2]).npu()
@@ -254,3 +238,25 @@ def test_packed_weights_serve_their_kernels_alone() -> None:
     again = mo.prepack_experts(experts)
     assert again.w13 is experts.w13
     assert experts_of(Form(MC2, dtype=torch.float32, is_packed=True)).layout is mo.WeightLayout.PLAIN
+
+
+@pytest.mark.parametrize("what", ["tokens", "weights"])
+def test_what_needs_a_gradient_does_not_go_through_mc2(
+    stand_in: StandIn, hccl_groups: Callable[..., dict[int, dist.ProcessGroup]], what: str
+) -> None:
+    """Which has none; the kernels of the ops on this rank run forward as ever, with our backward."""
+    hccl_groups(sizes=())
+    layer = LAYERS["mc2"]
+    stage, inputs = make_stage(layer.form, layer.groups(), "npu"), make_inputs(6)
+    if what == "tokens":
+        inputs.hidden_states.requires_grad_()
+    else:
+        inputs.router_logits.requires_grad_()
+    outputs: list[torch.Tensor] = []
+    launched = stand_in.launches_during(lambda: outputs.append(stage(*inputs)))
+    assert outputs[0].requires_grad
+    assert not any("MoeDistribute" in name for name in launched)
+    local = ("MoeGatingTopK", "MoeInitRouting", "GroupedMatmul", "SwiGlu", "GroupedMatmul", "MoeFinalizeRouting")
+    assert_in_order(launched, local)
+    with torch.no_grad():
+        assert_in_order(stand_in.launches_during(lambda: stage(*inputs)), ("MoeDistributeDispatch",))
