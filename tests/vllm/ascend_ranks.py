@@ -65,6 +65,7 @@ _LIBRARIES: list[torch.library.Library] = []
 def stand_in_for_torch_npu() -> None:
     sys.meta_path.insert(0, _Finder())
     torch.npu = mock.MagicMock(name="torch.npu")
+    torch.npu.current_device.return_value = torch.device("cpu")
     torch.Tensor.npu = lambda self: self
     library = torch.library.Library("npu", "FRAGMENT")
     library.define(
@@ -93,7 +94,7 @@ def prepare_process() -> None:
     if "vllm_ascend" in sys.modules:
         return
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", MOE_OPS_VLLM="1")
-    os.environ["VLLM_DIST_IDENT"] = str(os.getpid())  # not the same on all ranks, so that vLLM uses gloo and no shared memory
+    os.environ["VLLM_DIST_IDENT"] = str(os.getpid())  # not the same on all ranks: gloo instead of shared memory
     from vllm.platforms import current_platform
 
     assert current_platform.is_cpu()
@@ -103,6 +104,8 @@ def prepare_process() -> None:
     from vllm_ascend.utils import register_ascend_customop
 
     register_ascend_customop()
+
+    _leave_out_dispatchers()
     _as_on_a_platform_out_of_tree()
     library = torch.library.Library("vllm", "IMPL")
     library.impl("maybe_all_gather_and_maybe_unpad", ops._maybe_all_gather_and_maybe_unpad_impl, "CPU")
@@ -110,6 +113,14 @@ def prepare_process() -> None:
     library.impl("maybe_all_reduce_tensor_model_parallel", ops._maybe_all_reduce_tensor_model_parallel_impl, "CPU")
     library.impl("maybe_all_reduce_shared_expert", ops._maybe_all_reduce_shared_expert_impl, "CPU")
     _LIBRARIES.append(library)
+
+
+def _leave_out_dispatchers() -> None:
+    """Those of vllm-ascend's methods ask for HCCL's communicators when they are made; no step of theirs runs here."""
+    from vllm_ascend.ops.fused_moe import moe_comm_method as module
+
+    for name in ("AllGather", "All2AllV", "MC2"):
+        setattr(module, f"TokenDispatcherWith{name}", lambda **arguments: types.SimpleNamespace())
 
 
 def _as_on_a_platform_out_of_tree() -> None:
@@ -120,9 +131,11 @@ def _as_on_a_platform_out_of_tree() -> None:
     method.select_unquantized_moe_backend = lambda moe_config: (UnquantizedMoeBackend.OOT, None)
 
 
-def vllm_config_of(layout: Layout) -> Any:
+def vllm_config_of(layout: Layout, rank: int) -> Any:
+    """That of an engine which is started on all ranks at once, as by torchrun."""
     from vllm.config import DeviceConfig, ParallelConfig, VllmConfig
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(layout.dp * layout.tp))
     parallel = ParallelConfig(
         tensor_parallel_size=layout.tp,
         data_parallel_size=layout.dp,
@@ -156,7 +169,7 @@ def runner_of(rank: int, layout: Layout, w13: torch.Tensor, w2: torch.Tensor) ->
     from moe_ops.integrations.vllm_ascend.install import register
 
     register()
-    config = vllm_config_of(layout)
+    config = vllm_config_of(layout, rank)
     with set_current_vllm_config(config):
         start_groups(rank, layout, config)
         runner = FusedMoEFactory(
@@ -205,7 +218,7 @@ def run_layer(
 def run_both_methods(
     rank: int, layout: Layout, method: str, weights: Sequence[torch.Tensor], tokens: Sequence[Sequence[torch.Tensor]]
 ) -> list[Sequence[torch.Tensor | None]]:
-    """Rows, logits and mask that prepare makes, and what finalize makes of the rows: vllm-ascend's method, then this library."""
+    """Rows, logits and mask that prepare makes, and what finalize makes of the rows: vllm-ascend's, then this library's."""
     import moe_ops as mo
 
     prepare_process()
@@ -342,7 +355,7 @@ def register_in(rank: int, found_version: str, asked: str, registered: str) -> t
     with (
         mock.patch.dict(op_registry_oot, before[registered], clear=True),
         mock.patch.dict(os.environ, MOE_OPS_VLLM=asked),
-        mock.patch.object(install, "version", lambda name: found_version),
+        mock.patch.object(install, "version", return_value=found_version),
     ):
         error = None
         try:
@@ -362,7 +375,7 @@ def make_worker(rank: int) -> list[str]:
     with mock.patch.dict(sys.modules, {theirs.__name__: theirs}):
         from moe_ops.integrations.vllm_ascend import worker
 
-        with mock.patch.object(worker, "register", lambda: order.append("ours")):
+        with mock.patch.object(worker, "register", side_effect=lambda: order.append("ours")):
             worker.Worker(config=1)
     return order
 

@@ -42,7 +42,11 @@ TP4, DP2 = Layout(1, 4), Layout(2, 2)
 SHARDED = Layout(2, 2, is_sequence_parallel=True)
 STEPS = [
     (layout, method, counts)
-    for layout, all_counts in {TP4: ([5], [1], [8]), DP2: ([5, 2], [1, 6], [4, 4]), SHARDED: ([5, 2], [1, 6], [4, 4])}.items()
+    for layout, all_counts in {
+        TP4: ([5], [1], [8]),
+        DP2: ([5, 2], [1, 6], [4, 4]),
+        SHARDED: ([5, 2], [1, 6], [4, 4]),
+    }.items()
     for counts in all_counts
     for method in ("ALLGATHER", "ALLTOALL", "MC2")
 ]
@@ -85,7 +89,9 @@ def expected(x_TH: torch.Tensor, logits_TE: torch.Tensor, w13: torch.Tensor, w2:
 
 def name_of(value: Any) -> str | None:
     if isinstance(value, Layout):
-        return f"dp{value.dp}tp{value.tp}" + ("" if value.ep else "-noep") + ("-sp" if value.is_sequence_parallel else "")
+        return (
+            f"dp{value.dp}tp{value.tp}" + ("" if value.ep else "-noep") + ("-sp" if value.is_sequence_parallel else "")
+        )
     return "-".join(map(str, value)) if isinstance(value, list) else None
 
 
@@ -105,7 +111,11 @@ def test_a_layer_computes_what_it_should(ranks: RankPool, layout: Layout, method
 
 @pytest.mark.parametrize(
     ("layout", "method", "counts"),
-    [step for step in STEPS if step[1] != "ALLTOALL" or all(n % step[0].tp == 0 for n in step[2]) or step[0] == SHARDED],
+    [
+        step
+        for step in STEPS
+        if step[1] != "ALLTOALL" or all(n % step[0].tp == 0 for n in step[2]) or step[0] == SHARDED
+    ],
     ids=name_of,
 )
 def test_rows_are_those_of_its_own_method(ranks: RankPool, layout: Layout, method: str, counts: list[int]) -> None:
@@ -182,9 +192,21 @@ def test_shared_experts_wait_for_nothing_inside(one_rank: RankPool) -> None:
     [
         ("0.30.0rc2", "1", "theirs", None, "MoeOpsRoutedExperts"),
         ("0.30.0rc2", "0", "theirs", None, "AscendRoutedExperts"),
-        ("0.31.0", "1", "theirs", "moe_ops: MOE_OPS_VLLM=1 needs vllm-ascend 0.30.*, got 0.31.0", "AscendRoutedExperts"),
+        (
+            "0.31.0",
+            "1",
+            "theirs",
+            "moe_ops: MOE_OPS_VLLM=1 needs vllm-ascend 0.30.*, got 0.31.0",
+            "AscendRoutedExperts",
+        ),
         ("0.31.0", "0", "theirs", None, "AscendRoutedExperts"),
-        ("0.30.0", "1", "nothing", "moe_ops: vllm-ascend must have registered AscendRoutedExperts, got None", "nothing"),
+        (
+            "0.30.0",
+            "1",
+            "nothing",
+            "moe_ops: vllm-ascend must have registered AscendRoutedExperts, got None",
+            "nothing",
+        ),
         ("0.30.0", "1", "another", "must have registered AscendRoutedExperts, got <class 'dict'>", "dict"),
     ],
 )

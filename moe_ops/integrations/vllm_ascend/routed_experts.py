@@ -32,15 +32,18 @@ class MoeOpsRoutedExperts(AscendRoutedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = get_current_vllm_config().model_config
-        self.returns_choices = bool(getattr(config, "enable_return_routed_experts", False))
+        config = get_current_vllm_config()
+        self.returns_choices = bool(getattr(config.model_config, "enable_return_routed_experts", False))
+        self.is_kv_consumer = config.kv_transfer_config is not None and config.kv_transfer_config.is_kv_consumer
 
     @cached_property
     def reason_against(self) -> str | None:
         """Why the layer is left to vllm-ascend; None if the stage runs it. Known when the layer first runs, then constant."""
         reason = why_not(self)
         if reason is None:
-            logger.info_once("moe_ops: MoE layers run as the stage, by the method that vllm-ascend chooses for each step.")
+            logger.info_once(
+                "moe_ops: MoE layers run as the stage, by the method that vllm-ascend chooses for each step."
+            )
         else:
             logger.warning_once("moe_ops: a layer is left to vllm-ascend, because %s.", reason)
         return reason
@@ -128,6 +131,8 @@ def why_not(experts: MoeOpsRoutedExperts) -> str | None:
         "of prefill context parallelism": config.pcp_size > 1,
         "of LoRA": config.is_lora_enabled,
         "of static kernels": bool(experts.enable_npugraph_ex_static_kernel),
+        "DP ranks that consume a KV cache need not tell each other their token counts": experts.is_kv_consumer
+        and config.dp_size > 1,
         "chosen experts are to be returned": experts.returns_choices,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
