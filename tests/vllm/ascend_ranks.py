@@ -278,19 +278,24 @@ def step(config: Any, method: str, rank: int, layout: Layout, tokens: Sequence[S
     return stack
 
 
-def reasons_of(rank: int, changes: Sequence[tuple[str, Any]], weights: Sequence[torch.Tensor]) -> list[str | None]:
-    """Why a layer is left to vllm-ascend once one of its attributes is changed, each in turn."""
+def reasons_of(rank: int, cases: Sequence[dict[str, Any]], weights: Sequence[torch.Tensor]) -> list[str | None]:
+    """Why a layer is left to vllm-ascend once attributes of it are changed; for each case, from the same layer on."""
     prepare_process()
+    from vllm.config import set_current_vllm_config
+
     from moe_ops.integrations.vllm_ascend.routed_experts import why_not
 
-    runner, _ = runner_of(rank, Layout(1, 1), *weights)
+    runner, config = runner_of(rank, Layout(1, 1), *weights)
     reasons = []
-    for path, value in changes:
-        *owners, name = path.split(".")
-        owner = runner.routed_experts
-        for step_down in owners:
-            owner = getattr(owner, step_down)
-        with mock.patch.object(owner, name, value, create=True):
+    for changes in cases:
+        with ExitStack() as stack, set_current_vllm_config(config):
+            for path, value in changes.items():
+                *owners, name = path.split(".")
+                owner = runner.routed_experts
+                for attribute in owners:
+                    owner = getattr(owner, attribute)
+                stack.callback(setattr, owner, name, getattr(owner, name, None))  # mock.patch does not know modules
+                setattr(owner, name, value)
             reasons.append(why_not(runner.routed_experts))
     return reasons
 

@@ -33,7 +33,7 @@ from .ascend_ranks import (
     run_with_milestones,
 )
 
-pytest.importorskip("vllm")
+MoEActivation = pytest.importorskip("vllm.model_executor.layers.fused_moe.activation").MoEActivation
 pytestmark = pytest.mark.skipif(
     not (SOURCE / "vllm_ascend").exists(), reason=f"vllm-ascend's source is not in {SOURCE} (docs/vllm.md says how)"
 )
@@ -153,28 +153,40 @@ def test_a_mask_that_ends_early_is_padded(one_rank: RankPool) -> None:
     assert arguments["padded_num_tokens"] == 8
 
 
-CHANGES: list[tuple[str, Any, str]] = [
-    ("moe_config.num_logical_experts", EXPERTS - 1, "its experts have copies or are moved"),
-    ("dynamic_eplb", True, "its experts have copies or are moved"),
-    ("log2phy", torch.arange(EXPERTS), "its experts have copies or are moved"),
-    ("router.eplb_state", object(), "its experts have copies or are moved"),
-    ("expert_map_manager.placement_strategy", "round_robin", "its experts are not placed in order"),
-    ("mix_placement", True, "shared experts are fused with the routed ones"),
-    ("tid2eid", torch.zeros(1), "its router looks token ids up"),
-    ("router.bias_vl", torch.zeros(1), "its router looks token ids up"),
-    ("moe_config.hidden_dim_unpadded", HIDDEN - 1, "hidden states or weights are padded"),
-    ("moe_config.is_lora_enabled", True, "of LoRA"),
-    ("enable_npugraph_ex_static_kernel", True, "of static kernels"),
-    ("returns_choices", True, "chosen experts are to be returned"),
-    ("swiglu_limit", 7.0, "limit, alpha and beta of its SwiGLU are (7.0, None, None)"),
-    ("quant_method", object(), "its experts are quantised (object)"),
+COPIES = "its experts have copies or are moved"
+LOOKUP = "its router looks token ids up"
+PADDED = "hidden states or weights are padded"
+LEFT: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"quant_method": torch.nn.Identity()}, "its experts are quantised (Identity)"),
+    ({"moe_config.activation": MoEActivation.GELU}, "its activation is gelu"),
+    ({"swiglu_limit": 7.0}, "limit, alpha and beta of its SwiGLU are (7.0, None, None)"),
+    ({"moe_config.moe_parallel_config.ep_size": 3}, f"{EXPERTS} experts are not divided evenly by 3 ranks"),
+    ({"moe_config.num_logical_experts": EXPERTS - 1}, COPIES),
+    ({"dynamic_eplb": True}, COPIES),
+    ({"log2phy": torch.arange(EXPERTS)}, COPIES),
+    ({"router.eplb_state": object()}, COPIES),
+    ({"expert_map_manager._placement_strategy": "round_robin"}, "its experts are not placed in order"),
+    ({"mix_placement": True}, "shared experts are fused with the routed ones"),
+    ({"tid2eid": torch.zeros(1)}, LOOKUP),
+    ({"router.bias_vl": torch.zeros(1)}, LOOKUP),
+    ({"moe_config.hidden_dim_unpadded": HIDDEN - 1}, PADDED),
+    ({"moe_config.intermediate_size_per_partition_unpadded": INTERMEDIATE - 1}, PADDED),
+    ({"moe_config.moe_parallel_config.pcp_size": 2}, "of prefill context parallelism"),
+    ({"moe_config.is_lora_enabled": True}, "of LoRA"),
+    ({"enable_npugraph_ex_static_kernel": True}, "of static kernels"),
+    ({"is_kv_consumer": True}, None),
+    (
+        {"is_kv_consumer": True, "moe_config.moe_parallel_config.dp_size": 2},
+        "DP ranks that consume a KV cache need not tell each other their token counts",
+    ),
+    ({"returns_choices": True}, "chosen experts are to be returned"),
 ]
 
 
 def test_what_is_left_to_vllm_ascend(one_rank: RankPool) -> None:
-    changes = [(path, value) for path, value, _ in CHANGES]
-    (reasons,) = one_rank.run(reasons_of, changes, draw_weights())
-    assert reasons == [reason for _, _, reason in CHANGES]
+    (reasons,) = one_rank.run(reasons_of, [changes for changes, _ in LEFT], draw_weights())
+    assert reasons == [reason for _, reason in LEFT]
 
 
 def test_a_left_layer_runs_as_ever(one_rank: RankPool) -> None:
