@@ -10,15 +10,15 @@ from moe_ops.groups import Group, ParallelGroups
 def groups_of(config: FusedMoEParallelConfig) -> ParallelGroups:
     """The groups that a layer spans; EP only where its experts are divided among ranks."""
     return ParallelGroups(
-        tp=_group(get_tp_group()),
-        dp=_group(get_dp_group()) if config.dp_size > 1 else Group.single(),
-        ep=_group(get_ep_group()) if config.use_ep else Group.single(),
+        tp=group_of(get_tp_group()),
+        dp=group_of(get_dp_group()) if config.dp_size > 1 else Group.single(),
+        ep=group_of(get_ep_group()) if config.use_ep else Group.single(),
     )
 
 
-def _group(coordinator: GroupCoordinator) -> Group:
-    """Named as vLLM names it, such as ``ep:0``: torch's own names count up as groups are made, and a name is part of the graph
-    that a compile cache keeps."""
+def group_of(coordinator: GroupCoordinator) -> Group:
+    """A group of vLLM's, named as vLLM names it, such as ``ep:0``: torch's own names count up as groups are made, and a name is
+    part of the graph that a compile cache keeps."""
     if coordinator.world_size == 1:
         return Group.single()
     name = coordinator.unique_name
