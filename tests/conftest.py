@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, settings
 
 from .ranks import RankPool, pool_of_ranks
 
-collect_ignore = [] if importlib.util.find_spec("torch_npu") else ["npu"]
+# What has an environment of its own.
+collect_ignore = [
+    path for path, package in {"npu": "torch_npu", "vllm": "vllm"}.items() if not importlib.util.find_spec(package)
+]
 
 settings.register_profile("moe_ops", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moe_ops")
