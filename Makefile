@@ -3,7 +3,7 @@ BIN := .venv/bin
 BENCH := .venv-bench/bin
 NPU := .venv-npu/bin
 # Tests that depend on the chip; the others run once.
-OF_THE_CHIP := $(patsubst %,tests/npu/test_%.py,stand_in lowerings ge_graphs capture)
+OF_THE_CHIP := $(patsubst %,tests/npu/test_%.py,stand_in decisions lowerings ge_graphs capture)
 
 .PHONY: demo test lint types bench bench-stage clean
 
