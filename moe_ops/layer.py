@@ -71,6 +71,12 @@ class Layer(NamedTuple):
         return needs_gradient([*tensors, *weights])
 
     @property
+    def has_gaps(self) -> bool:
+        """Whether a row may have choices of nothing beside others."""
+        r = self.routing
+        return r.token_to_experts is not None or r.logical_to_physical is not None or r.select_experts is not None
+
+    @property
     def is_weighed(self) -> bool:
         """Whether the weights go into the experts' input."""
         return self.routing.apply_router_weight_on_input
@@ -239,7 +245,13 @@ def _exchange_by_mc2(
     num_rows, num_local, ep = x.shape[0], layer.num_local_experts, layer.groups.ep
     topk_ids, topk_weights = pad_rows(topk_ids, common, -1), pad_rows(topk_weights, common)
     rows, scale, counts, sent = npu_mc2.dispatch(
-        pad_rows(x, common), topk_ids, topk_weights, num_local_experts=num_local, ep=ep, quant=layer.quant
+        pad_rows(x, common),
+        topk_ids,
+        topk_weights,
+        num_local_experts=num_local,
+        ep=ep,
+        quant=layer.quant,
+        has_gaps=layer.has_gaps,
     )
     y = run_experts(rows, counts, layer.experts, scale=scale, quant=layer.quant, dtype=x.dtype)
     combined = npu_mc2.combine(y, sent, num_local_experts=num_local, ep=ep)

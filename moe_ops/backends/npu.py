@@ -93,7 +93,7 @@ def gating_can_route(scoring: str, num_experts: int, num_groups: int) -> bool:
     """Whether the fused gating has this form of routing, within its limits on experts and groups."""
     size = num_experts // num_groups
     aligned = -(-size // 32) * 32 * num_groups
-    return scoring in ("softmax", "sigmoid") and size > 2 and max(aligned, num_experts) <= 2048
+    return scoring in ("softmax", "sigmoid") and size > 2 and aligned <= 2048
 
 
 def gating_top_k(
@@ -189,7 +189,8 @@ def run_quantized_experts(
     """
     w13, w2 = experts.w13, experts.w2
     w13_scale, w2_scale = experts.w13_scale, experts.w2_scale
-    check_experts(counts, w13, w2)
+    if experts.layout is WeightLayout.PLAIN:
+        check_experts(counts, w13, w2)
     if w13_scale is None or w2_scale is None:
         raise ValueError("experts: w13_scale and w2_scale must be given with quantised weights, got None")
     if w13.dtype is torch.float8_e4m3fn:

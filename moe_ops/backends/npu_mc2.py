@@ -69,11 +69,12 @@ def dispatch(
     num_local_experts: int,
     ep: Group,
     quant: Quant,
+    has_gaps: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Mc2State]:
     """Send each row to its experts: rows ``[A, H]`` grouped by expert, their scales, counts ``[E]``, and the state.
 
-    All ranks bring as many rows; choices that are -1 go nowhere. Only the first ``counts.sum()`` rows are written. Quantised on
-    the way, if asked to.
+    All ranks bring as many rows. Choices that are -1 go nowhere; without `has_gaps` they are all of a row, or none. Only the
+    first ``counts.sum()`` rows are written. Quantised on the way, if asked to.
 
     Raises:
         ValueError: more rows or choices than the kernel takes.
@@ -83,7 +84,12 @@ def dispatch(
     check_at_most("dispatch", "rows of a rank", x.shape[0], MAX_ROWS, "those that MC2 takes")
     check_at_most("dispatch", "top_k", topk_ids.shape[1], MAX_TOP_K, "that of MC2")
     is_choice_NK = topk_ids >= 0
-    ids_NK = _fill_in(topk_ids.to(torch.int32), is_choice_NK, num_local_experts * ep.size)
+    # Ids have to be experts, and different ones in each row, masked or not.
+    if has_gaps:
+        spare_NK = _free_experts(topk_ids, is_choice_NK, num_local_experts * ep.size)
+    else:
+        spare_NK = torch.arange(topk_ids.shape[1], device=topk_ids.device, dtype=torch.int32)
+    ids_NK = torch.where(is_choice_NK, topk_ids.to(torch.int32), spare_NK)
     arguments = _axis(num_local_experts, ep)
     is_a5 = soc_version() >= ASCEND_950
     if is_a5:
@@ -117,15 +123,15 @@ def dispatch(
     return rows, scale, counts, state
 
 
-def _fill_in(topk_ids: torch.Tensor, is_choice_NK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Ids of experts everywhere, and different ones in each row, as the kernel wants them, masked or not."""
+def _free_experts(topk_ids: torch.Tensor, is_choice_NK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int32 ``[N, K]``: for each choice of nothing an expert that its row has not, a different one for each."""
     top_k = topk_ids.shape[1]
     # Of twice as many candidates as there are choices, half are free in any row, or all that there are else.
     candidate_C = torch.arange(min(2 * top_k, num_experts), device=topk_ids.device, dtype=torch.int32)
     is_taken_NC = (topk_ids.unsqueeze(2) == candidate_C).any(dim=1)
     free_NC = torch.sort(is_taken_NC, dim=1, stable=True).indices
     which_NK = (~is_choice_NK).to(torch.int64).cumsum(1) - 1
-    return torch.where(is_choice_NK, topk_ids, free_NC.gather(1, which_NK.clamp(min=0)).to(torch.int32))
+    return free_NC.gather(1, which_NK.clamp(min=0)).to(torch.int32)
 
 
 def combine(expert_rows: torch.Tensor, state: Mc2State, *, num_local_experts: int, ep: Group) -> torch.Tensor:

@@ -262,9 +262,9 @@ def test_mc2_gets_different_experts_in_each_row(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.rand(num_rows, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
     is_choice = torch.rand(ids.shape, generator=generator) < kept
-    filled = npu_mc2._fill_in(torch.where(is_choice, ids, -1), is_choice, num_experts)
-    assert filled.dtype is torch.int32
-    assert torch.equal(filled[is_choice], ids[is_choice])
+    free = npu_mc2._free_experts(torch.where(is_choice, ids, -1), is_choice, num_experts)
+    assert free.dtype is torch.int32
+    filled = torch.where(is_choice, ids, free)
     assert all(set(row) <= set(range(num_experts)) and len(set(row)) == top_k for row in filled.tolist())
 
 

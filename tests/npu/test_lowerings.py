@@ -197,7 +197,9 @@ def test_mc2_launches_both_halves(
         x = torch.empty(rows, H, dtype=torch.bfloat16, device="npu")
         ids = torch.zeros(rows, top_k, dtype=torch.int32, device="npu")
         weights = torch.zeros(rows, top_k, device="npu")
-        received, scale, counts, state = npu_mc2.dispatch(x, ids, weights, num_local_experts=local, ep=ep, quant=quant)
+        received, scale, counts, state = npu_mc2.dispatch(
+            x, ids, weights, num_local_experts=local, ep=ep, quant=quant, has_gaps=True
+        )
         assert (state.expand_scales is not None) == IS_A5
         assert state.expand_scales is None or state.expand_scales.shape == (received.shape[0],)
         y = torch.empty(received.shape, dtype=torch.bfloat16, device="npu")
