@@ -54,6 +54,12 @@ def add_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
     BODIES.setdefault(name, {})[key] = kernel
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A value that an op has made, as its result: of the dtype and, as the fakes say, contiguous. May be `x` itself."""
+    # Where nothing is cast, `to` ignores the format; and `contiguous` keeps the strides of sizes of 0 and 1.
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
 def needs_gradient(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether autograd records what is done to these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

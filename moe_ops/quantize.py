@@ -22,7 +22,7 @@ from fake_impls import quantize as shapes
 from fake_impls.checks import FLOATS, check_choice, check_dim, check_dtype
 from fake_impls.layout import ceil_div
 from fake_impls.quantize import BLOCK
-from moe_ops._library import define, needs_gradient, no_gradient
+from moe_ops._library import cast, define, needs_gradient, no_gradient
 from moe_ops.types import Quant
 
 INT8_MAX, INT4_MAX = 127, 7
@@ -39,17 +39,12 @@ def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale_T = torch.where(amax_T < torch.inf, amax_T / INT8_MAX, torch.nan)  # NaN is not below, either
     scale_T1 = scale_T.unsqueeze(1)
     elements_TH = (x_TH / scale_T1).round().clamp(-INT8_MAX, INT8_MAX)
-    return _cast(torch.where(scale_T1 > 0, elements_TH, 0.0), torch.int8), scale_T  # else the scale is 0, or NaN
+    return cast(torch.where(scale_T1 > 0, elements_TH, 0.0), torch.int8), scale_T  # else the scale is 0, or NaN
 
 
 def _dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     shapes.dequantize_int8(quantized, scale, dtype)
-    return _cast(quantized.to(torch.float32) * scale.unsqueeze(1), dtype)
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # Where nothing is cast, `to` ignores the format; and `contiguous` keeps the strides of sizes of 0 and 1.
-    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    return cast(quantized.to(torch.float32) * scale.unsqueeze(1), dtype)
 
 
 def _scale_blocks(x: torch.Tensor, emax: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +60,7 @@ def _scale_blocks(x: torch.Tensor, emax: int) -> tuple[torch.Tensor, torch.Tenso
     inverse_TB = ((2 * E8M0_BIAS - code_TB).clamp(min=0) << MANTISSA_BITS).view(torch.float32)
     scaled_TBK = torch.where(is_nan_TB.unsqueeze(2), 0.0, x_TBK * inverse_TB.unsqueeze(2))
     scaled_TH = scaled_TBK.view(num_tokens, blocks * BLOCK)[:, :hidden_size]
-    return scaled_TH, _cast(code_TB, torch.uint8).view(torch.float8_e8m0fnu)
+    return scaled_TH, cast(code_TB, torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _times_scales(elements_TH: torch.Tensor, scale_TB: torch.Tensor) -> torch.Tensor:
@@ -77,12 +72,12 @@ def _quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shapes.check_input(x)
     scaled_TH, scale_TB = _scale_blocks(x, E4M3_EMAX)
     # To nearest even; not every device saturates.
-    return _cast(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX), torch.float8_e4m3fn), scale_TB
+    return cast(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX), torch.float8_e4m3fn), scale_TB
 
 
 def _dequantize_mxfp8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     shapes.dequantize_mxfp8(quantized, scale, dtype)
-    return _cast(_times_scales(quantized.view(torch.float8_e4m3fn).to(torch.float32), scale), dtype)
+    return cast(_times_scales(quantized.view(torch.float8_e4m3fn).to(torch.float32), scale), dtype)
 
 
 def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +89,7 @@ def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code_TH = torch.where(magnitude_TH < 2, (magnitude_TH * 2).round(), coarse_TH).to(torch.uint8)
     code_TH = code_TH | (scaled_TH.signbit().to(torch.uint8) << 3)
     low_TP, high_TP = F.pad(code_TH, (0, x.shape[1] % 2)).unflatten(1, (ceil_div(x.shape[1], 2), 2)).unbind(2)
-    return _cast(low_TP | (high_TP << 4), torch.uint8).view(torch.float4_e2m1fn_x2), scale_TB
+    return cast(low_TP | (high_TP << 4), torch.uint8).view(torch.float4_e2m1fn_x2), scale_TB
 
 
 def _dequantize_mxfp4(
@@ -106,7 +101,7 @@ def _dequantize_mxfp4(
     # 0, 0.5, 1, 1.5, 2, then 3, 4, 6: computed, since a table would have to be sent to the device.
     beyond_TH = step_TH.to(torch.float32) - 2 + (step_TH == 7)
     magnitude_TH = torch.where(step_TH < 5, step_TH.to(torch.float32) * 0.5, beyond_TH)
-    return _cast(_times_scales(torch.where(code_TH > 7, -magnitude_TH, magnitude_TH), scale), dtype)
+    return cast(_times_scales(torch.where(code_TH > 7, -magnitude_TH, magnitude_TH), scale), dtype)
 
 
 quantize_int8 = define(

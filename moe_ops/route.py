@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls import route as shapes
-from moe_ops._library import define
+from moe_ops._library import cast, define
 from moe_ops.types import Routing
 
 EPSILON = 1e-20  # as DeepSeek-V3: a sum of sigmoids may underflow
@@ -67,7 +67,7 @@ def route_kernel(
         chosen_weights_TK = chosen_weights_TK / (chosen_weights_TK.sum(dim=1, keepdim=True) + EPSILON)
     if routed_scaling_factor != 1:
         chosen_weights_TK = chosen_weights_TK * routed_scaling_factor
-    return chosen_weights_TK.contiguous(), chosen_TK.to(torch.int32, memory_format=torch.contiguous_format).contiguous()
+    return chosen_weights_TK.contiguous(), cast(chosen_TK, torch.int32)
 
 
 def choose_by_sorting(
@@ -118,7 +118,7 @@ def _map_to_physical(topk_ids: torch.Tensor, logical_to_physical: torch.Tensor) 
     num_replicas_TK = (slots_ER >= 0).sum(dim=1)[logical_TK].clamp(min=1)
     token_T1 = torch.arange(topk_ids.shape[0], device=topk_ids.device).unsqueeze(1)
     slots_TK = slots_ER[logical_TK, token_T1 % num_replicas_TK]
-    return torch.where(topk_ids >= 0, slots_TK, -1).to(torch.int32, memory_format=torch.contiguous_format).contiguous()
+    return cast(torch.where(topk_ids >= 0, slots_TK, -1), torch.int32)
 
 
 def _count_expert_load(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.dispatchers import local as shapes
-from moe_ops._library import add_kernel, define, no_gradient
+from moe_ops._library import add_kernel, cast, define, no_gradient
 
 
 class LocalState(NamedTuple):
@@ -119,7 +119,7 @@ def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tens
     places_R = torch.where(positions >= 0, positions, rows.shape[0]).flatten()
     weights_R = zeros_R.scatter(0, places_R, weights.flatten())
     weighed_RH = rows.to(torch.float32) * weights_R[:-1].unsqueeze(1)
-    return weighed_RH.to(rows.dtype, memory_format=torch.contiguous_format).contiguous()
+    return cast(weighed_RH, rows.dtype)
 
 
 def sources(positions: torch.Tensor, rows: int) -> torch.Tensor:
