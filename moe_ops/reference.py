@@ -99,17 +99,13 @@ def moe_stage(
         x = hidden_states[token].double()
         input_id = None if input_ids is None else int(input_ids[token])
         if routing.select_experts is None:
-            chosen = route(logits, routing, input_id)
+            chosen = list(route(logits, routing, input_id).items())
         else:
             row = slice(token, token + 1)
             ids_of_row = None if input_ids is None else input_ids[row]
             weights, ids = routing.select_experts(hidden_states[row], router_logits[row], ids_of_row)
-            chosen = {
-                expert: weight
-                for expert, weight in zip(ids[0].tolist(), weights[0].tolist(), strict=True)
-                if expert >= 0
-            }
-        for expert, weight in chosen.items():
+            chosen = [pair for pair in zip(ids[0].tolist(), weights[0].tolist(), strict=True) if pair[0] >= 0]
+        for expert, weight in chosen:
             x_in, weight_out = (x * weight, 1.0) if routing.apply_router_weight_on_input else (x, weight)
             b13 = None if all_experts.w13_bias is None else all_experts.w13_bias[expert]
             y = gated_mlp(x_in, all_experts.w13[expert], all_experts.w2[expert], all_experts.activation, b13)

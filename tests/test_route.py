@@ -16,7 +16,7 @@ import moe_ops as mo
 from moe_ops.route import count_expert_load, route
 
 from .oracle import dense_weights
-from .problems import E, routings
+from .problems import E, by_softmax, routings
 
 H = 16
 
@@ -175,3 +175,59 @@ def test_bad_input_names_the_argument(changed: dict[str, Any], message: str) -> 
     routing = mo.Routing(2, 8)._replace(**changed)
     with pytest.raises(ValueError, match=f"route: .*{message}|route: {message}"):
         route(torch.zeros(2, 8), routing)
+
+
+@given(num_tokens=st.integers(0, 20), seed=st.integers(0, 1000))
+def test_a_function_of_the_caller_routes(num_tokens: int, seed: int) -> None:
+    """Choices of -1 and rows that are not active go nowhere, whatever it weighs them with; the weights are not touched."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, logits, weights = (torch.randn(num_tokens, n, generator=generator) for n in (H, E, 3))
+    ids = torch.randint(-1, E, (num_tokens, 3), generator=generator)
+    is_active = torch.rand(num_tokens, generator=generator) < 0.7
+    weights[~is_active] = torch.nan
+    seen = []
+
+    def select(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(given)
+        return weights.double().to(torch.bfloat16), ids
+
+    routing = mo.Routing(3, E, renormalize=True, routed_scaling_factor=2.0, select_experts=select)
+    topk_weights, topk_ids = route(logits, routing, is_active=is_active, hidden_states=hidden)
+    assert seen[0][0] is hidden and seen[0][1] is logits and seen[0][2] is None
+    is_choice = (ids >= 0) & is_active.unsqueeze(1)
+    assert (topk_weights.dtype, topk_ids.dtype) == (torch.float32, torch.int32)
+    assert torch.equal(topk_ids, torch.where(is_choice, ids, -1).int())
+    assert torch.equal(topk_weights, torch.where(is_choice, weights.to(torch.bfloat16).float(), 0.0))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "message"),
+    [
+        ((torch.ones(2, 3), torch.zeros(2, 2).long()), ValueError, r"topk_weights of select_experts must be \[T, 2\]"),
+        ((torch.ones(2, 2), torch.zeros(2).long()), ValueError, "topk_ids of select_experts must be 2-D"),
+        ((torch.ones(3, 2), torch.zeros(2, 2).long()), ValueError, "rows of topk_weights of select_experts must be"),
+        ((torch.ones(2, 2), torch.zeros(2, 2)), TypeError, "topk_ids of select_experts must"),
+        ((torch.ones(2, 2).int(), torch.zeros(2, 2).long()), TypeError, "topk_weights of select_experts must"),
+    ],
+)
+def test_what_a_function_of_the_caller_may_not_return(chosen: Any, error: type[Exception], message: str) -> None:
+    routing = mo.Routing(2, E, select_experts=lambda *_: chosen)
+    with pytest.raises(error, match=message):
+        route(torch.zeros(2, E), routing, hidden_states=torch.zeros(2, H))
+
+
+def test_a_function_of_the_caller_needs_hidden_states() -> None:
+    with pytest.raises(ValueError, match="hidden_states must be given for select_experts, got None"):
+        route(torch.zeros(2, E), mo.Routing(2, E, select_experts=lambda *_: None))
+
+
+def test_the_reference_takes_a_function_of_the_caller() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, logits = (torch.randn(5, n, generator=generator) for n in (H, E))
+    w13, w2 = torch.randn(E, 8, H, generator=generator), torch.randn(E, H, 4, generator=generator)
+    plain, by_caller = mo.Routing(2, E), mo.Routing(2, E, select_experts=by_softmax)
+    found, wanted = (
+        mo.reference.moe_stage(hidden, logits, mo.ExpertWeights(w13, w2), routing=routing)
+        for routing in (by_caller, plain)
+    )
+    torch.testing.assert_close(found, wanted)

@@ -10,7 +10,7 @@ import moe_ops as mo
 from moe_ops import Strategy
 
 from .oracle import dense_moe
-from .problems import FORMS, E, Problem, expected_of, make_inputs, own_experts, run_compiled
+from .problems import FORMS, E, Problem, by_softmax, expected_of, make_inputs, own_experts, run_compiled
 from .ranks import RankPool, groups_of
 
 RICH = mo.Routing(
@@ -31,6 +31,7 @@ COMPILED = {
         "routing": mo.Routing(2, E, scoring="sqrtsoftplus", token_to_experts=torch.arange(22).view(11, 2) % E),
         "activation": "gelu",
     },
+    "by-caller": {"routing": mo.Routing(2, E, select_experts=by_softmax)},
     "on-input": {"routing": mo.Routing(2, E, apply_router_weight_on_input=True), "activation": "gelu_tanh"},
     "w8a8": {"quant": mo.Quant.W8A8},
     "mxfp8": {"quant": mo.Quant.MXFP8},
