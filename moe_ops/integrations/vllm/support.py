@@ -26,7 +26,7 @@ def why_not(runner: Any, vllm_config: VllmConfig) -> str | None:
         vllm_config: that of the engine.
     """
     experts, config = runner.routed_experts, runner.moe_config
-    parallel, manager = config.moe_parallel_config, experts.expert_map_manager
+    manager = experts.expert_map_manager
     swiglu = experts.swiglu_limit, experts.swiglu_alpha, experts.swiglu_beta
     of_gpt_oss = (SWIGLU_LIMIT, SWIGLU_ALPHA, 1.0)
     reasons = {
@@ -38,19 +38,26 @@ def why_not(runner: Any, vllm_config: VllmConfig) -> str | None:
             value not in (None, wanted) for value, wanted in zip(swiglu, of_gpt_oss, strict=True)
         )
         or (config.activation is not MoEActivation.SWIGLUOAI and swiglu != (None, None, None)),
-        f"{config.num_experts} experts are not divided evenly by {parallel.ep_size} ranks": config.num_experts
-        % parallel.ep_size
-        != 0,
+        **common_reasons(config, runner.router),
         "shared experts are fused with the routed ones": manager.num_fused_shared_experts > 0,
-        "its router has zero experts": isinstance(runner.router, ZeroExpertRouter),
-        "hidden states or weights are padded": config.hidden_dim != config.hidden_dim_unpadded
-        or config.intermediate_size_per_partition != config.intermediate_size_per_partition_unpadded,
-        "of prefill context parallelism": config.pcp_size > 1,
         "of dual-batch overlap": runner.enable_dbo,
-        "of LoRA": config.is_lora_enabled,
         "chosen experts are to be returned": getattr(vllm_config.model_config, "enable_return_routed_experts", False),
         f"additional_config is no dict but {type(vllm_config.additional_config).__name__}": not isinstance(
             vllm_config.additional_config, dict
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def common_reasons(config: Any, router: Any) -> dict[str, bool]:
+    """Why the stage cannot run a layer of this ``FusedMoEConfig``, on any platform, and which of it applies."""
+    return {
+        f"{config.num_experts} experts are not divided evenly by {config.ep_size} ranks": config.num_experts
+        % config.ep_size
+        != 0,
+        "its router has zero experts": isinstance(router, ZeroExpertRouter),
+        "hidden states or weights are padded": config.hidden_dim != config.hidden_dim_unpadded
+        or config.intermediate_size_per_partition != config.intermediate_size_per_partition_unpadded,
+        "of prefill context parallelism": config.pcp_size > 1,
+        "of LoRA": config.is_lora_enabled,
+    }

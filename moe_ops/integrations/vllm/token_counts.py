@@ -21,6 +21,7 @@ def _read_token_counts(hidden_states: torch.Tensor, dp_size: int) -> torch.Tenso
 
 
 def _token_counts(hidden_states: torch.Tensor, dp_size: int) -> list[int]:
+    """A host read that waits for nothing: the engine keeps the counts on the host."""
     counts: list[int] = read_token_counts(hidden_states, dp_size).tolist()
     for count in counts:
         torch._check(count >= 0)
@@ -32,5 +33,12 @@ read_token_counts = define(
     kernel=_read_token_counts,
     fake=shapes.read_token_counts,
 )
+"""``[T, H] -> int64 [dp_size]``, a copy, on the host."""
+
 token_counts = define("vllm_token_counts(Tensor hidden_states, int dp_size) -> SymInt[]", composite=_token_counts)
-"""Tokens of each DP rank in this step. The tensor is what ties the call to its place in the step."""
+"""``[T, H] -> dp_size`` ints: tokens of each DP rank in this step. The tensor ties the call to its place in the step.
+
+Raises:
+    RuntimeError: vLLM's forward context holds no counts.
+    ValueError: it holds those of another number of ranks.
+"""

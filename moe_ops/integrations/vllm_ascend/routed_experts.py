@@ -11,7 +11,6 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.ascend_forward_context import _EXTRA_CTX
 from vllm_ascend.distributed.parallel_state import get_mc2_group
@@ -20,6 +19,7 @@ from vllm_ascend.ops.fused_moe.routed_experts import AscendRoutedExperts, Ascend
 
 from moe_ops.groups import ParallelGroups
 from moe_ops.integrations.vllm.groups import group_of, groups_of
+from moe_ops.integrations.vllm.support import common_reasons
 from moe_ops.integrations.vllm_ascend.step import step_arguments
 from moe_ops.stage import moe_stage
 from moe_ops.types import ExpertWeights, Routing, Strategy, WeightLayout
@@ -115,9 +115,7 @@ def why_not(experts: MoeOpsRoutedExperts) -> str | None:
         "of fused MC2": bool(settings.enable_fused_mc2),
         f"its activation is {config.activation.value}": config.activation is not MoEActivation.SILU,
         f"limit, alpha and beta of its SwiGLU are {swiglu}": swiglu != (None, None, None),
-        f"{config.num_experts} experts are not divided evenly by {config.ep_size} ranks": config.num_experts
-        % config.ep_size
-        != 0,
+        **common_reasons(config, router),
         "its experts have copies or are moved": config.num_experts != config.num_logical_experts
         or experts.dynamic_eplb
         or experts.log2phy is not None
@@ -125,11 +123,6 @@ def why_not(experts: MoeOpsRoutedExperts) -> str | None:
         "its experts are not placed in order": experts.expert_map_manager.placement_strategy != "linear",
         "shared experts are fused with the routed ones": bool(experts.mix_placement),
         "its router looks token ids up": experts.tid2eid is not None or getattr(router, "bias_vl", None) is not None,
-        "its router has zero experts": isinstance(router, ZeroExpertRouter),
-        "hidden states or weights are padded": config.hidden_dim != config.hidden_dim_unpadded
-        or config.intermediate_size_per_partition != config.intermediate_size_per_partition_unpadded,
-        "of prefill context parallelism": config.pcp_size > 1,
-        "of LoRA": config.is_lora_enabled,
         "of static kernels": bool(experts.enable_npugraph_ex_static_kernel),
         "DP ranks that consume a KV cache need not tell each other their token counts": experts.is_kv_consumer
         and config.dp_size > 1,
