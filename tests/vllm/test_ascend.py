@@ -1,8 +1,8 @@
 """The adapter for vllm-ascend, in its own layers.
 
 vllm-ascend's source is the real one, of the release that the adapter was written to, on four gloo ranks; torch_npu and all of
-Ascend's kernels are stand-ins (`ascend_ranks`). So this tests that the adapter meets vllm-ascend's interfaces and that a layer
-computes what it should. It tests no NPU, no engine and no speed.
+Ascend's kernels are stand-ins (`ascend_stand_in`). So this tests that the adapter meets vllm-ascend's interfaces and that a
+layer computes what it should. It tests no NPU, no engine and no speed.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from .ascend_ranks import (
     EXPERTS,
     HIDDEN,
     INTERMEDIATE,
-    SOURCE,
     TOP_K,
     Layout,
     arguments_of,
@@ -32,6 +31,7 @@ from .ascend_ranks import (
     run_left_layer,
     run_with_milestones,
 )
+from .ascend_stand_in import SOURCE
 
 MoEActivation = pytest.importorskip("vllm.model_executor.layers.fused_moe.activation").MoEActivation
 pytestmark = pytest.mark.skipif(
