@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from moe_ops.plan.options import add_options
 
 # Packages that the library does without: the extra that brings each.
-EXTRAS = {"rich": {"demo": "demo", "plan": "plan"}, "transformers": {"demo": "demo"}, "matplotlib": {"plan": "plot"}}
+EXTRAS = {
+    "rich": {"demo": "demo", "plan": "plan"},
+    "transformers": {"demo": "demo", "demo-vllm": "vllm"},
+    "vllm": {"demo-vllm": "vllm"},
+    "matplotlib": {"plan": "plot"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return _plan(options) if options.command == "plan" else _demo(options)
+        return COMMANDS[options.command](options)
     except ImportError as error:  # a package is missing or too old
         extra = EXTRAS.get((error.name or "").partition(".")[0], {}).get(options.command)
         if extra is None:
@@ -36,10 +41,21 @@ def _demo(options: argparse.Namespace) -> int:
     return run.run(backend=options.backend, dtype=options.dtype)
 
 
+def _demo_vllm(options: argparse.Namespace) -> int:
+    import vllm  # noqa: F401  # or the first engine would say that it is missing
+
+    from moe_ops.demo_vllm import run
+
+    return run.run()
+
+
 def _plan(options: argparse.Namespace) -> int:
     from moe_ops.plan import run
 
     return run.run(options)
+
+
+COMMANDS = {"demo": _demo, "demo-vllm": _demo_vllm, "plan": _plan}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of weights and tokens (default: %(default)s)",
     )
+    about = "serve a tiny Qwen3-MoE by vLLM on 2 ranks with the plugin, and compare it with vLLM on one"
+    commands.add_parser("demo-vllm", help=about, description=f"{about[0].upper()}{about[1:]}.")
     about = "print what each strategy sends for a model on a topology, how long that takes, and which to choose"
     add_options(commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}."))
     return parser

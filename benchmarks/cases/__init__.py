@@ -9,6 +9,7 @@ from benchmarks.cases import (
     overlap,
     packing,
     profile,
+    serving,
     stage,
     tracing,
     training,
@@ -19,3 +20,4 @@ PREPARE_FINALIZE = {
     case.name: case for case in (eager.CASE, compiled.CASE, packing.CASE, graphs.CASE, volume.CASE, tracing.CASE)
 }
 STAGE = {case.name: case for case in (experts.CASE, stage.CASE, training.CASE, overlap.CASE, host.CASE, profile.CASE)}
+SERVING = {case.name: case for case in (serving.CASE,)}

@@ -1,13 +1,16 @@
 """A job for vLLM on one rank: an engine is made, generates, and is taken down; the process goes on to the next job."""
 
+import gc
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import TracingContext
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -22,7 +25,10 @@ ENVIRONMENT = {
 MAX_TOKENS = 8
 
 graphs: list[list[str]] = []
-"""Of the last engine: the names of each compiled graph's nodes that are not aten's."""
+"""Of the last engine: the names of each compiled graph's nodes."""
+
+guards: list[str] = []
+"""Of its graphs: what was taken for granted of token counts while they were compiled. vLLM checks none of it later."""
 
 
 class Job(NamedTuple):
@@ -32,8 +38,8 @@ class Job(NamedTuple):
         model: directory of a checkpoint.
         prompts: for each DP rank, token ids.
         tp, dp, ep: of its ranks; `ep` says whether experts are divided.
-        mode: "eager"; "whole", one graph by Dynamo; "piecewise", cut at the attention, as vLLM does elsewhere than on a CPU.
-            Back ends keep the graphs and run them as they are.
+        mode: "eager"; "whole", one graph by Dynamo, run as it is; "aot_eager" and "inductor", what those back ends make of it;
+            "piecewise", cut at the attention, as vLLM does elsewhere than on a CPU, and run as it is.
         plugin: whether the plugin is in vLLM.
         settings: ``additional_config["moe_ops"]``.
         max_tokens: for each prompt, or one number for all.
@@ -62,17 +68,40 @@ class Answer(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a rank made of a job: an answer for each prompt, the graphs, and what its log said of this library."""
+    """What a rank made of a job: an answer for each prompt, the graphs and guards, and what its log said of this library."""
 
     answers: list[Answer]
     graphs: list[list[str]]
+    guards: list[str]
     log: list[str]
 
 
-def keep_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A back end of ``torch.compile``."""
+def keep_graph(graph: torch.fx.GraphModule) -> None:
     graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+
+
+def whole(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    """A back end of ``torch.compile``, as the next two are."""
+    keep_graph(graph)
     return graph.forward
+
+
+def aot_eager(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    return _compile("aot_eager", graph, inputs)
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    return _compile("inductor", graph, inputs)
+
+
+def _compile(backend: str, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    keep_graph(graph)
+    compiled = lookup_backend(backend)(graph, inputs)
+    guards.extend(str(guard.expr) for guard in TracingContext.get().fake_mode.shape_env.guards)
+    return compiled
+
+
+BACKENDS = whole.__name__, aot_eager.__name__, inductor.__name__
 
 
 def run_job(job: Job, rank: int, port: int) -> Result:
@@ -82,7 +111,9 @@ def run_job(job: Job, rank: int, port: int) -> Result:
     _set_plugin(job.plugin)
     _number_groups_from(port)
     log = _LogOfPlugin()
+    gc.freeze()  # what vLLM imports is much to look through, in each of its many collections
     graphs.clear()
+    guards.clear()
     torch._dynamo.reset()
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
@@ -98,7 +129,7 @@ def run_job(job: Job, rank: int, port: int) -> Result:
             for output in engine.step():
                 if output.finished:
                     answers[int(output.request_id)] = _answer_of(output.outputs[0])
-        return Result([answers[index] for index in range(len(prompts))], list(graphs), log.lines)
+        return Result([answers[index] for index in range(len(prompts))], list(graphs), list(guards), log.lines)
     finally:
         log.stop()
         _take_down(engine, port)
@@ -110,7 +141,9 @@ def _make_engine(job: Job) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
 
-    compilation = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": f"{__name__}.keep_graph"}
+    compilation = {}
+    if job.mode in BACKENDS:
+        compilation = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": f"{__name__}.{job.mode}"}
     config = EngineArgs(
         model=job.model,
         skip_tokenizer_init=True,
@@ -118,10 +151,11 @@ def _make_engine(job: Job) -> Any:
         max_model_len=128,
         max_num_seqs=4,
         max_num_batched_tokens=128,
+        num_gpu_blocks_override=64,
         seed=0,
         disable_log_stats=True,
         enforce_eager=job.mode == "eager",
-        compilation_config=compilation if job.mode == "whole" else {},
+        compilation_config=compilation,
         tensor_parallel_size=job.tp,
         data_parallel_size=job.dp,
         enable_expert_parallel=job.ep,
@@ -145,7 +179,7 @@ def _keep_pieces() -> None:
     compile_piece = EagerAdaptor.compile
 
     def compile_and_keep(self: Any, graph: torch.fx.GraphModule, inputs: list[Any], *args: Any) -> Any:
-        keep_graph(graph, inputs)
+        keep_graph(graph)
         return compile_piece(self, graph, inputs, *args)
 
     EagerAdaptor.compile = compile_and_keep

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from moe_ops.demo_vllm.checkpoint import write_checkpoint
 
 VOCABULARY = 512
 COMMON: dict[str, Any] = {
@@ -52,19 +50,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_model(name: str, directory: Path) -> Path:
-    """Write a checkpoint, once; weights of such a size that tokens differ clearly in probability."""
+    """Write a checkpoint, once."""
     path = directory / name
-    if path.exists():
-        return path
-    model_type, own = MODELS[name]
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**{**COMMON, **own})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
-    for key, buffer in model.named_buffers():
-        if key.endswith("e_score_correction_bias"):
-            torch.nn.init.normal_(buffer, std=0.1)
-    model.save_pretrained(path)
+    if not path.exists():
+        model_type, own = MODELS[name]
+        write_checkpoint(path, model_type, **{**COMMON, **own})
     return path

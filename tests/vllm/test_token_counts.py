@@ -9,6 +9,7 @@ from vllm.forward_context import DPMetadata, create_forward_context, override_fo
 from moe_ops.integrations.vllm.token_counts import read_token_counts, token_counts
 
 COUNTS = [3, 0, 17]
+FIRST_OF_3 = 3, 0, 1  # DP size and rank, shards
 
 
 def context(counts: list[int] | None) -> override_forward_context:
@@ -18,18 +19,31 @@ def context(counts: list[int] | None) -> override_forward_context:
 
 
 def test_the_counts_are_those_of_the_step() -> None:
-    x = torch.zeros(3, 4)
     for counts in (COUNTS, [1, 2, 3]):
         with context(counts):
-            assert list(token_counts(x, 3)) == counts
+            for rank, count in enumerate(counts):
+                assert list(token_counts(torch.zeros(count, 4), 3, rank, 1)) == counts
+
+
+def test_a_rank_may_have_a_share_of_them() -> None:
+    with context([5, 4]):
+        assert list(token_counts(torch.zeros(3, 4), 2, 0, 2)) == [5, 4]
+        assert list(token_counts(torch.zeros(2, 4), 2, 1, 2)) == [5, 4]
+
+
+def test_one_dp_rank_has_its_own() -> None:
+    """vLLM keeps no counts then."""
+    with context(None):
+        assert list(token_counts(torch.zeros(5, 4), 1, 0, 1)) == [5]
+        assert list(token_counts(torch.zeros(3, 4), 1, 0, 2)) == [6]
 
 
 def test_the_fake_is_as_the_kernel_is() -> None:
     with context(COUNTS):
-        torch.library.opcheck(read_token_counts, (torch.zeros(3, 4), 3))
-        real = read_token_counts(torch.zeros(3, 4), 3)
+        torch.library.opcheck(read_token_counts, (torch.zeros(3, 4), *FIRST_OF_3))
+        real = read_token_counts(torch.zeros(3, 4), *FIRST_OF_3)
     with FakeTensorMode():
-        fake = read_token_counts(torch.zeros(3, 4), 3)
+        fake = read_token_counts(torch.zeros(3, 4), *FIRST_OF_3)
     assert (real.shape, real.dtype, real.device, real.stride()) == (fake.shape, fake.dtype, fake.device, fake.stride())
 
 
@@ -38,18 +52,18 @@ def test_what_is_read_is_a_copy() -> None:
     metadata = torch.tensor(COUNTS)
     config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
     with override_forward_context(create_forward_context(None, config, dp_metadata=DPMetadata(metadata))):
-        read_token_counts(torch.zeros(3, 4), 3).zero_()
+        read_token_counts(torch.zeros(3, 4), *FIRST_OF_3).zero_()
     assert metadata.tolist() == COUNTS
 
 
 def test_one_graph_for_all_counts() -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def rows(x: torch.Tensor) -> torch.Tensor:
-        first, _, last = token_counts(x, 3)
+        first, _, last = token_counts(x, *FIRST_OF_3)
         return x.new_zeros(first + 2 * last)
 
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for counts in (COUNTS, [0, 0, 0], [1, 1, 1]):
+        for counts in (COUNTS, [3, 0, 0], [3, 1, 1]):
             with context(counts):
                 assert rows(torch.zeros(3, 4)).shape == (counts[0] + 2 * counts[2],)
 
@@ -59,8 +73,9 @@ def test_one_graph_for_all_counts() -> None:
     [
         (None, RuntimeError, "must hold the token counts of 3 DP ranks, got None"),
         ([1, 2], ValueError, "must be of 3 DP ranks, got 2"),
+        ([4, 3, 3], ValueError, r"token counts \[4, 3, 3\] must be 3 \* 1 for DP rank 0"),
     ],
 )
 def test_a_context_without_them(counts: list[int] | None, error: type[Exception], message: str) -> None:
     with context(counts), pytest.raises(error, match=message):
-        token_counts(torch.zeros(3, 4), 3)
+        token_counts(torch.zeros(3, 4), *FIRST_OF_3)

@@ -36,6 +36,11 @@ class Plan(NamedTuple):
     reason: str
 
     @property
+    def needs_token_counts(self) -> bool:
+        """Whether the stage depends on token counts: of other ranks, or on its own beyond the number of rows."""
+        return self.strategy is not Strategy.ALLGATHER or self.groups.dp.size > 1
+
+    @property
     def is_reduced(self) -> bool:
         """Whether the result is complete where a sum over TP could be open."""
         reduction = output_reduction(

@@ -114,6 +114,14 @@ class MoeOpsRunner(MoERunner):
         shared = None if self._shared_experts is None else self._shared_experts._layer(shared_experts_input)
         if self.gate is not None:
             router_logits, _ = self.gate(hidden_states)
+        num_tokens, hidden_dim = hidden_states.shape
+        ids = input_ids if reads_input_ids(routing) else None
+        lengths: dict[str, Any] = {}
+        if plan.needs_token_counts:
+            rows, lengths = _count_rows(plan, hidden_states)
+            if torch.compiler.is_compiling():
+                hidden_states, router_logits = hidden_states.narrow(0, 0, rows), router_logits.narrow(0, 0, rows)
+                ids = None if ids is None else ids.narrow(0, 0, rows)
         routed = moe_stage(
             hidden_states,
             router_logits,
@@ -124,19 +132,28 @@ class MoeOpsRunner(MoERunner):
             groups=plan.groups,
             tokens_are_sharded=plan.tokens_are_sharded,
             overlap_gate=plan.overlap_gate,
-            input_ids=input_ids if reads_input_ids(routing) else None,
-            **_lengths(plan, hidden_states),
+            input_ids=ids,
+            **lengths,
         )
+        if plan.needs_token_counts and torch.compiler.is_compiling():
+            # Not narrow: a compiler believes that vLLM's count is 2 or more, and would then that the rows are. A copy, since vLLM
+            # scales what it gets.
+            routed = routed.as_strided((num_tokens, hidden_dim), (hidden_dim, 1)).clone()
         return routed if shared is None else (shared, routed)
 
 
-def _lengths(plan: Plan, hidden_states: torch.Tensor) -> dict[str, Any]:
-    """The token counts of other ranks, as `moe_stage` takes them."""
-    tp, dp = plan.groups.tp.size, plan.groups.dp.size
-    if dp == 1 and plan.tokens_are_sharded:
-        return {}
-    counts = token_counts(hidden_states, dp) if dp > 1 else [hidden_states.shape[0]]
-    if plan.tokens_are_sharded:  # vLLM pads to a multiple of TP, and gives each of its ranks as many
-        return {"num_tokens_across_ep": [ceil_div(count, tp) for count in counts for _ in range(tp)]}
+def _count_rows(plan: Plan, hidden_states: torch.Tensor) -> tuple[int, dict[str, Any]]:
+    """Rows of this rank, and the token counts of other ranks as `moe_stage` takes them.
+
+    To a compiler the rows are a number that it knows nothing about, though they are those of the argument: vLLM drops the
+    guards of its graphs, so that code for the count of the first call, such as an even one, would run for all.
+    """
+    (_, tp, _), (_, dp, dp_rank), _, _ = plan.groups
+    num_shards = tp if plan.tokens_are_sharded else 1
+    counts = token_counts(hidden_states, dp, dp_rank, num_shards)
+    # vLLM pads to a multiple of the shards, and gives each of its ranks as many.
+    shards = [ceil_div(count, num_shards) for count in counts]
+    if plan.tokens_are_sharded:
+        return shards[dp_rank], {"num_tokens_across_ep": [shard for shard in shards for _ in range(tp)]}
     longest = largest(counts)
-    return {"max_tokens_across_dp": longest, "padded_num_tokens": padded_rows(longest, tp)}
+    return counts[dp_rank], {"max_tokens_across_dp": longest, "padded_num_tokens": padded_rows(longest, tp)}
