@@ -1,6 +1,7 @@
 """Experts on weights that another library's kernel has packed, once, when the model is loaded."""
 
 import torch
+import torch.nn.functional as F
 
 from fake_impls.backends.vllm_cpu import check_weights
 from fake_impls.checks import FLOATS
@@ -16,7 +17,8 @@ def prepack_experts(experts: ExpertWeights) -> ExpertWeights:
     quantised with packed ones. On an Ascend NPU, weights in half precision are transposed, and int8 ones (A2, A3; for
     ``Quant.W8A8``) put in the format of the fused kernel, which ``torch.npu.config.allow_internal_format`` has to allow.
 
-    Packed weights take as much memory as plain ones, and only the experts read them: drop the others. They have no gradient.
+    Packed weights take as much memory as plain ones (on a CPU I is filled up to a multiple of 32), and only the experts read
+    them: drop the others. They have no gradient.
 
     Args:
         experts: in any dtype that experts have.
@@ -47,13 +49,15 @@ def why_not_vllm(experts: ExpertWeights) -> str | None:
         return "they are packed already"
     if w13.device.type != "cpu" or w13.dtype not in FLOATS or w2.dtype != w13.dtype:
         return f"they are {w13.dtype} on {w13.device.type}"
-    if experts.activation not in ACTIVATIONS or any(size % vllm_cpu.ALIGNMENT or not size for size in sizes):
-        return f"H and I are {tuple(sizes)}, not multiples of {vllm_cpu.ALIGNMENT}"
+    if experts.activation not in ACTIVATIONS:
+        return f"their activation is {experts.activation!r}"
+    if sizes[0] % vllm_cpu.ALIGNMENT or not sizes.numel():
+        return f"H and I are {tuple(sizes)}, of which H is no multiple of {vllm_cpu.ALIGNMENT}, or one is 0"
     return None if vllm_cpu.load() else "vLLM's CPU kernels are not installed"
 
 
 def pack_for_vllm(experts: ExpertWeights) -> ExpertWeights:
-    """Experts that vLLM's CPU kernel reads.
+    """Experts that vLLM's CPU kernel reads; I is filled up with zeros to a multiple of 32, which changes no result.
 
     Raises:
         ValueError: it cannot take them; the message says why. Or a weight or bias does not fit the others.
@@ -63,8 +67,25 @@ def pack_for_vllm(experts: ExpertWeights) -> ExpertWeights:
     if reason is not None:
         raise ValueError(f"pack_for_vllm: experts must fit vLLM's CPU kernel, but {reason}")
     check_weights(*experts[:4])
+    experts = _fill_up(experts, -experts.w2.shape[2] % vllm_cpu.ALIGNMENT)
     w13, w2 = vllm_cpu.pack(experts.w13), vllm_cpu.pack(experts.w2)
     return experts._replace(w13=w13, w2=w2, layout=WeightLayout.VLLM_CPU)
+
+
+def _fill_up(experts: ExpertWeights, count: int) -> ExpertWeights:
+    """With `count` more zeros in I: of the gate and of up, of which every activation makes zero, and in the inputs of w2."""
+    if count == 0:
+        return experts
+    axis = 1 if experts.activation == "swigluoai" else 2  # gate and up in turn, or one after the other
+
+    def outputs(x_EO: torch.Tensor) -> torch.Tensor:
+        parts = x_EO.unflatten(1, (-1, 2) if axis == 1 else (2, -1))
+        shape = list(parts.shape)
+        shape[axis] = count
+        return torch.cat((parts, parts.new_zeros(shape)), axis).flatten(1, 2)
+
+    bias = None if experts.w13_bias is None else outputs(experts.w13_bias)
+    return experts._replace(w13=outputs(experts.w13), w2=F.pad(experts.w2, (0, count)), w13_bias=bias)
 
 
 def run_packed_experts(

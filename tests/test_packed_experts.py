@@ -16,6 +16,7 @@ from .ranks import RankPool
 from .vllm_stand_in import load_kernels
 
 SIZES = {"hidden_size": 64, "intermediate": 32}
+LENGTHS = [32, 1, 24, 40]  # of the intermediate axis, which the kernel takes in multiples of 32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,8 +24,11 @@ def kernels() -> None:
     load_kernels()
 
 
-def draw_experts(dtype: torch.dtype, activation: str, has_bias: bool) -> mo.ExpertWeights:
-    return Problem("all2all", dtype=dtype, activation=activation, has_bias=has_bias, **SIZES).experts()
+def draw_experts(
+    dtype: torch.dtype, activation: str, has_bias: bool, intermediate: int = SIZES["intermediate"]
+) -> mo.ExpertWeights:
+    sizes = SIZES | {"intermediate": intermediate}
+    return Problem("all2all", dtype=dtype, activation=activation, has_bias=has_bias, **sizes).experts()
 
 
 @given(
@@ -33,6 +37,7 @@ def draw_experts(dtype: torch.dtype, activation: str, has_bias: bool) -> mo.Expe
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     activation=st.sampled_from(["silu", "gelu", "gelu_tanh", "swigluoai"]),
     has_bias=st.booleans(),
+    intermediate=st.sampled_from(LENGTHS),
     choices=st.sampled_from(["all", "some", "none", "one"]),
     is_weighed=st.booleans(),
     seed=st.integers(0, 99),
@@ -44,13 +49,14 @@ def test_they_agree_with_the_oracle(
     dtype: torch.dtype,
     activation: str,
     has_bias: bool,
+    intermediate: int,
     choices: str,
     is_weighed: bool,
     seed: int,
 ) -> None:
     """Experts of this rank are 3 to 10 of the layer; what goes elsewhere, or nowhere, counts nothing."""
     generator = torch.Generator().manual_seed(seed)
-    experts = draw_experts(dtype, activation, has_bias)
+    experts = draw_experts(dtype, activation, has_bias, intermediate)
     x = torch.randn(rows, 64, generator=generator).to(dtype)
     low, high = {"all": (3, 11), "some": (-1, 15), "none": (-1, 3), "one": (5, 6)}[choices]
     ids = torch.stack(
@@ -108,8 +114,8 @@ def test_what_cannot_be_packed_is_left_as_it_is() -> None:
     assert packed.layout is mo.WeightLayout.VLLM_CPU
     assert mo.prepack_experts(packed) is packed
     quantised = plain._replace(w13=plain.w13.to(torch.int8), w2=plain.w2.to(torch.int8))
-    odd = plain._replace(w2=plain.w2[:, :, :31])
-    for experts, reason in ((quantised, "torch.int8"), (odd, "multiples of 32")):
+    odd = plain._replace(w2=plain.w2[:, :31])
+    for experts, reason in ((quantised, "torch.int8"), (odd, "H is no multiple of 32")):
         assert mo.prepack_experts(experts) is experts
         assert reason in str(why_not_vllm(experts))
         with pytest.raises(ValueError, match=reason):

@@ -16,7 +16,7 @@ ISA = "vec"
 """The portable form of the kernel, which vLLM has for every x86 processor and all three dtypes."""
 
 ALIGNMENT = 32
-"""H and I are multiples of it."""
+"""H and I, as packed, are multiples of it."""
 
 
 def _experts(

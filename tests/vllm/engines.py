@@ -1,13 +1,13 @@
 """A job for vLLM on one rank: an engine is made, generates, and is taken down; the process goes on to the next job."""
 
 import gc
-import logging
 import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import TracingContext
@@ -28,7 +28,11 @@ graphs: list[list[str]] = []
 """Of the last engine: the names of each compiled graph's nodes."""
 
 guards: list[str] = []
-"""Of its graphs: what was taken for granted of token counts while they were compiled. vLLM checks none of it later."""
+"""Of its graphs: what was taken for granted while they were compiled, and is wrong for other token counts. vLLM checks none of
+it later."""
+
+OTHER_COUNTS = 3, 4, 5, 64, 127
+"""Not 1 or 2: vLLM's sequence parallelism takes it for granted that a rank has more than one row."""
 
 
 class Job(NamedTuple):
@@ -68,12 +72,11 @@ class Answer(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a rank made of a job: an answer for each prompt, the graphs and guards, and what its log said of this library."""
+    """What a rank made of a job: an answer for each prompt, the graphs and guards."""
 
     answers: list[Answer]
     graphs: list[list[str]]
     guards: list[str]
-    log: list[str]
 
 
 def keep_graph(graph: torch.fx.GraphModule) -> None:
@@ -97,7 +100,10 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
 def _compile(backend: str, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
     keep_graph(graph)
     compiled = lookup_backend(backend)(graph, inputs)
-    guards.extend(str(guard.expr) for guard in TracingContext.get().fake_mode.shape_env.guards)
+    for guard in TracingContext.get().fake_mode.shape_env.guards:
+        sizes = guard.expr.free_symbols  # of several arguments, one count each
+        if any(guard.expr.xreplace(dict.fromkeys(sizes, sympy.Integer(count))) != sympy.true for count in OTHER_COUNTS):
+            guards.append(str(guard.expr))
     return compiled
 
 
@@ -110,7 +116,6 @@ def run_job(job: Job, rank: int, port: int) -> Result:
 
     _set_plugin(job.plugin)
     _number_groups_from(port)
-    log = _LogOfPlugin()
     gc.freeze()  # what vLLM imports is much to look through, in each of its many collections
     graphs.clear()
     guards.clear()
@@ -129,9 +134,8 @@ def run_job(job: Job, rank: int, port: int) -> Result:
             for output in engine.step():
                 if output.finished:
                     answers[int(output.request_id)] = _answer_of(output.outputs[0])
-        return Result([answers[index] for index in range(len(prompts))], list(graphs), list(guards), log.lines)
+        return Result([answers[index] for index in range(len(prompts))], list(graphs), list(guards))
     finally:
-        log.stop()
         _take_down(engine, port)
 
 
@@ -199,23 +203,6 @@ def _set_plugin(is_wanted: bool) -> None:
     op_registry_oot.pop("MoERunner", None)
     os.environ[plugin.VARIABLE] = "1" if is_wanted else "0"
     plugin.register()
-
-
-class _LogOfPlugin(logging.Handler):
-    """What is logged by this library, while it lasts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self.logger = logging.getLogger("vllm.moe_ops")
-        self.logger.setLevel(logging.INFO)
-        self.logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def stop(self) -> None:
-        self.logger.removeHandler(self)
 
 
 def _number_groups_from(number: int) -> None:

@@ -151,6 +151,7 @@ CASES = {
     "gelu": Case({"activation": "gelu"}),
     "gelu-tanh": Case({"activation": "gelu_pytorch_tanh"}),
     "narrow": Case({"intermediate_size": 24}),
+    "narrow-biases": Case({"intermediate_size": 24, "has_bias": True}),
 }
 
 
@@ -160,6 +161,7 @@ def test_layers(config: VllmConfig, case: Case) -> None:
     assert isinstance(layer, MoeOpsRunner) and layer.plan is not None
     weights = plain_weights(layer)
     pack(layer)
+    assert layer.routed_experts.quant_method.layout is mo.WeightLayout.VLLM_CPU
     for count in (0, 1, 7):
         hidden, logits, ids = inputs(count)
         found = call(layer, config, hidden, logits, ids)

@@ -51,6 +51,8 @@ class PlainExperts(UnquantizedFusedMoEMethod):
             is_update = self.layout is not WeightLayout.PLAIN
             replace_parameter(layer, "w13_weight", packed.w13, prefer_copy=is_update)
             replace_parameter(layer, "w2_weight", packed.w2, prefer_copy=is_update)
+            if packed.w13_bias is not plain.w13_bias:
+                replace_parameter(layer, "w13_bias", packed.w13_bias, prefer_copy=is_update)
         self.layout = packed.layout
 
 
@@ -136,8 +138,8 @@ class MoeOpsRunner(MoERunner):
             **lengths,
         )
         if plan.needs_token_counts and torch.compiler.is_compiling():
-            # Not narrow: a compiler believes that vLLM's count is 2 or more, and would then that the rows are. A copy, since vLLM
-            # scales what it gets.
+            # Not narrow: a compiler believes that vLLM's count is 2 or more, and would then that the rows are. A copy, since
+            # vLLM scales what it gets.
             routed = routed.as_strided((num_tokens, hidden_dim), (hidden_dim, 1)).clone()
         return routed if shared is None else (shared, routed)
 
