@@ -25,7 +25,7 @@ ENVIRONMENT = {
 MAX_TOKENS = 8
 
 graphs: list[list[str]] = []
-"""Of the last engine: the names of each compiled graph's nodes."""
+"""Of the last engine: the names of each compiled graph's nodes that are ops, and not functions."""
 
 guards: list[str] = []
 """Of its graphs: what was taken for granted while they were compiled, and is wrong for other token counts. vLLM checks none of
@@ -80,7 +80,8 @@ class Result(NamedTuple):
 
 
 def keep_graph(graph: torch.fx.GraphModule) -> None:
-    graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    graphs.append([name for name in names if not name.startswith("<")])
 
 
 def whole(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
