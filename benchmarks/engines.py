@@ -127,6 +127,14 @@ def run_load(group: mo.Group, load: Load) -> Timing:
     return Timing(statistics.median(step.wall for step in decode), statistics.median(step.cpu for step in decode))
 
 
+def end_engine(group: mo.Group) -> None:
+    """What vLLM leaves to the end of the process, when its groups are gone."""
+    from vllm.distributed import parallel_state
+
+    _state.engine.engine_core.shutdown()
+    parallel_state.destroy_model_parallel()
+
+
 def read_memory(group: mo.Group) -> Memory:
     """What the process takes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benchmarks import runner
 from benchmarks.cases import SERVING
 
-ROUNDS = 11
+ROUNDS = 7
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,6 +15,9 @@ from moe_ops._library import define, no_gradient
 ISA = "vec"
 """The portable form of the kernel, which vLLM has for every x86 processor and all three dtypes."""
 
+FEW = 8
+"""Pairs of a row and an expert, up to which more of them cost less than to pick some."""
+
 ALIGNMENT = 32
 """H and I, as packed, are multiples of it."""
 
@@ -46,8 +49,11 @@ def _experts(
     if not is_weighed and first_expert <= int(low) and int(high) < end:
         _call(output_NH, hidden_states, weights, topk_weights, local_NK, activation)
         return output_NH
-    # The kernel takes no id that is not an expert's, and weighs no input: so one row for each pair that is of this rank.
-    is_local_NK = (topk_ids >= 0) & (topk_ids >= first_expert) & (topk_ids < end)
+    # The kernel takes no id that is not an expert's, and weighs no input.
+    is_local_NK = (local_NK >= 0) & (local_NK < w13.shape[0])
+    if not is_weighed and topk_ids.numel() <= FEW:
+        return _run_few(output_NH, hidden_states, weights, topk_weights, local_NK, is_local_NK, activation)
+    # One row for each pair that is of this rank.
     row_P, choice_P = is_local_NK.nonzero(as_tuple=True)
     weights_P1 = topk_weights[row_P, choice_P].unsqueeze(1)
     rows_PH = hidden_states.index_select(0, row_P)
@@ -60,6 +66,28 @@ def _experts(
         weighed_PH *= weights_P1
     total_NH = torch.zeros(output_NH.shape, dtype=torch.float32).index_add_(0, row_P, weighed_PH)
     return output_NH.copy_(total_NH)
+
+
+def _run_few(
+    output_NH: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    topk_weights: torch.Tensor,
+    local_NK: torch.Tensor,
+    is_local_NK: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """All rows at once, so that little is done around the kernel: a choice of another rank's becomes one that the row makes
+    here, with a weight of 0, for which no more weights of experts are read."""
+    here_N1 = torch.where(is_local_NK, local_NK, -1).amax(dim=1, keepdim=True)
+    low, high = here_N1.aminmax()
+    if int(high) < 0:
+        return output_NH.zero_()
+    is_complete = int(low) >= 0
+    instead_N1 = here_N1 if is_complete else torch.where(here_N1 < 0, high, here_N1)
+    ids_NK, weights_NK = torch.where(is_local_NK, local_NK, instead_N1), torch.where(is_local_NK, topk_weights, 0.0)
+    _call(output_NH, hidden_states, weights, weights_NK, ids_NK, activation)
+    return output_NH if is_complete else output_NH.masked_fill_(here_N1 < 0, 0.0)
 
 
 def _call(
