@@ -128,10 +128,9 @@ def run_load(group: mo.Group, load: Load) -> Timing:
 
 
 def end_engine(group: mo.Group) -> None:
-    """What vLLM leaves to the end of the process, when its groups are gone."""
+    """What vLLM leaves to the end of the process, when the group of all ranks is gone."""
     from vllm.distributed import parallel_state
 
-    _state.engine.engine_core.shutdown()
     parallel_state.destroy_model_parallel()
 
 
