@@ -125,12 +125,14 @@ def _compare(model: str, setting: Setting, effort: Effort) -> list[Answer]:
         for number, (pool, serving) in enumerate(zip(pools, engines, strict=True)):
             pool.run(make_engine, model, serving, name_of(setting.dtype), setting.mode == "eager", number)
         rounds: list[dict[str, list[Timing]]] = [{name: [] for name in LOADS} for _ in engines]
+        turn = list(zip(pools, rounds, strict=True))
         for number in range(effort.rounds + 1):
             for name, load in LOADS.items():
-                for pool, timings in zip(pools, rounds, strict=True):
+                for pool, timings in turn:
                     found = slowest([{name: timing} for timing in pool.run(run_load, load)])
                     if number > 0:  # the first warms up
                         timings[name].append(found[name])
+            turn.append(turn.pop(0))  # so that each has each place
         answers = [
             Answer({name: _median(of_load) for name, of_load in timings.items()}, _most(pool.run(read_memory)))
             for pool, timings in zip(pools, rounds, strict=True)
