@@ -40,17 +40,16 @@ def _experts(
     output_NH = shapes.vllm_cpu_experts(
         hidden_states, topk_ids, topk_weights, first_expert, *weights, activation, is_weighed
     )
-    end = first_expert + w13.shape[0]
-    local_NK = topk_ids.to(torch.int32)
-    local_NK = local_NK - first_expert if first_expert else local_NK
+    num_local = w13.shape[0]
+    local_NK = topk_ids - first_expert if first_expert else topk_ids
     if not topk_ids.numel():
         return output_NH.zero_()
-    low, high = topk_ids.aminmax()
-    if not is_weighed and first_expert <= int(low) and int(high) < end:
+    low, high = local_NK.aminmax()
+    if not is_weighed and int(low) >= 0 and int(high) < num_local:
         _call(output_NH, hidden_states, weights, topk_weights, local_NK, activation)
         return output_NH
     # The kernel takes no id that is not an expert's, and weighs no input.
-    is_local_NK = (local_NK >= 0) & (local_NK < w13.shape[0])
+    is_local_NK = (local_NK >= 0) & (local_NK < num_local)
     if not is_weighed and topk_ids.numel() <= FEW:
         return _run_few(output_NH, hidden_states, weights, topk_weights, local_NK, is_local_NK, activation)
     # One row for each pair that is of this rank.
@@ -103,7 +102,7 @@ def _call(
     if rows.shape[0]:
         w13, w2, *biases = weights
         biases = [None if bias is None else bias.contiguous() for bias in biases]
-        routed = topk_weights.contiguous(), topk_ids.contiguous()
+        routed = topk_weights.contiguous(), topk_ids.to(torch.int32).contiguous()
         torch.ops._C.cpu_fused_moe(output, rows.contiguous(), w13, w2, *biases, *routed, False, activation, ISA)
 
 
