@@ -103,8 +103,11 @@ def test_relative_error_accepts_no_other_shape_dtype_or_nan() -> None:
     assert relative_error(torch.ones(0, 2), expected[:0], torch.float32) == 0
 
 
-def test_says_what_to_install() -> None:
-    without_rich = "import sys; sys.modules['rich'] = None; from moe_ops.cli import main; sys.exit(main(['demo']))"
-    done = subprocess.run([sys.executable, "-c", without_rich], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("command", "package", "extra"), [("demo", "rich", "demo"), ("demo-vllm", "vllm", "vllm")])
+def test_says_what_to_install(command: str, package: str, extra: str) -> None:
+    without = (
+        f"import sys; sys.modules[{package!r}] = None; from moe_ops.cli import main; sys.exit(main([{command!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install moe-ops[demo]" in done.stderr
+    assert f"pip install moe-ops[{extra}]" in done.stderr

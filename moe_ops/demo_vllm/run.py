@@ -112,8 +112,9 @@ def _show(title: str, served: Served) -> None:
     for prompt, tokens in zip(PROMPTS, served.tokens, strict=True):
         print(f"  {len(prompt):2} tokens -> {' '.join(map(str, tokens))}")
     print(f"  graphs compiled: {len(served.graphs)}; custom ops and collectives in each:")
-    for name, count in _count_ops(served.graphs[0]).items():
-        print(f"  {count:4} {name}")
+    for graph in served.graphs[:1]:
+        for name, count in _count_ops(graph).items():
+            print(f"  {count:4} {name}")
     print(flush=True)
 
 
