@@ -58,12 +58,10 @@ def _experts(
     rows_PH = hidden_states.index_select(0, row_P)
     if is_weighed:
         rows_PH = (rows_PH.to(torch.float32) * weights_P1).to(rows_PH.dtype)
+        weights_P1 = torch.ones_like(weights_P1)
     results_PH, ids_P1 = torch.empty_like(rows_PH), local_NK[row_P, choice_P].unsqueeze(1)
-    _call(results_PH, rows_PH, weights, torch.ones_like(weights_P1), ids_P1, activation)
-    weighed_PH = results_PH.to(torch.float32)
-    if not is_weighed:
-        weighed_PH *= weights_P1
-    total_NH = torch.zeros(output_NH.shape, dtype=torch.float32).index_add_(0, row_P, weighed_PH)
+    _call(results_PH, rows_PH, weights, weights_P1, ids_P1, activation)
+    total_NH = torch.zeros(output_NH.shape, dtype=torch.float32).index_add_(0, row_P, results_PH.to(torch.float32))
     return output_NH.copy_(total_NH)
 
 
