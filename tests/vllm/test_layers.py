@@ -272,21 +272,33 @@ def test_what_is_left_to_vllm(config: VllmConfig, change: Callable[[Any, VllmCon
 
 
 def test_a_layer_that_is_left_to_vllm_runs_there(config: VllmConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """And the log says why, once."""
     with caplog.at_level(logging.WARNING, "vllm.moe_ops.integrations.vllm.runner"):
-        layers = [make_layer(config, f"layer{index}", swiglu_limit=5.0) for index in range(2)]
-    assert layers[0].plan is None
+        layers = [make_layer(config, f"layer{index}", swiglu_limit=6.0) for index in range(2)]
+    assert [layer.plan for layer in layers] == [None, None]
+    lines = [record.message for record in caplog.records if "moe_ops" in record.name]
+    assert lines == [
+        "moe_ops: a layer is left to vLLM, because limit, alpha and beta of its SwiGLU are (6.0, None, None)."
+    ]
+    del op_registry_oot["MoERunner"]
+    layers.append(make_layer(config, "stock", swiglu_limit=6.0))
+    assert not isinstance(layers[2], MoeOpsRunner)
     for layer in layers:
         pack(layer)
     hidden, logits, _ = inputs()
-    torch.testing.assert_close(call(layers[0], config, hidden, logits), call(layers[1], config, hidden, logits))
+    expected = call(layers[2], config, hidden, logits)
+    for layer in layers[:2]:
+        torch.testing.assert_close(call(layer, config, hidden, logits), expected)
 
 
 def test_the_cache_key_tells_the_plugin_and_its_settings(config: VllmConfig) -> None:
     keys = {config.compute_hash()}
     make_layer(config)
-    assert set(config.additional_config[KEY]) == {"strategy", "dispatch", "packed_payload", "version"}
+    assert set(config.additional_config) == {KEY, f"{KEY}_version"}
     keys.add(config.compute_hash())
-    config.additional_config[KEY] = {"packed_payload": False}
+    users = {KEY: {"packed_payload": False}}
+    config.additional_config = users
     make_layer(config, "other")
+    assert users == {KEY: {"packed_payload": False}}  # it may serve for another engine
     keys.add(config.compute_hash())
     assert len(keys) == 3

@@ -91,7 +91,7 @@ def _choose(
         tokens_are_sharded=config.is_sequence_parallel,
         must_be_capturable=device.type != "cpu",
     )
-    return selection.strategy, selection.dispatch, selection.reason
+    return selection.strategy, settings.dispatch or selection.dispatch, selection.reason
 
 
 @cache

@@ -42,6 +42,7 @@ class PlainExperts(UnquantizedFusedMoEMethod):
     """Experts in the weights that vLLM loads, packed for the kernel of this library that reads them."""
 
     layout = WeightLayout.PLAIN
+    supports_pre_processed_weights = False  # of another process, which do not say how they are packed
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack them; anew, after an update of the weights, into the memory that compiled code knows."""
@@ -84,7 +85,9 @@ class MoeOpsRunner(MoERunner):
             return super()._select_forward()
         settings = read_settings(vllm_config.additional_config)
         # So that a compile cache keeps graphs with the plugin apart from those without, and from those of other settings.
-        vllm_config.additional_config[KEY] = {**settings.to_json(), "version": version("moe-ops")}
+        # Not written into the user's dict, which may serve for another engine.
+        ours = {KEY: settings.to_json(), f"{KEY}_version": version("moe-ops")}
+        vllm_config.additional_config = {**vllm_config.additional_config, **ours}
         plan = self.plan = plan_for(self.moe_config, settings, vllm_config)
         self._replace_quant_method(PlainExperts(self.moe_config))
         logger.info_once(

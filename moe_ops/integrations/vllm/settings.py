@@ -43,26 +43,33 @@ def read_settings(additional_config: Mapping[str, Any], environ: Mapping[str, st
     """The settings: of ``additional_config["moe_ops"]``, else of ``MOE_OPS_VLLM_STRATEGY`` and so on, else the defaults.
 
     Raises:
-        ValueError: a setting is not known, or has a value that it cannot have.
+        ValueError: a setting is not known, has a value that it cannot have, or does not go with the strategy.
     """
     given = additional_config.get(KEY, {})
     if not isinstance(given, Mapping):
         raise ValueError(f"additional_config[{KEY!r}] must be a mapping, got {given!r}")
-    unknown = set(given) - set(DEFAULTS) - {"version"}
+    unknown = [name for name in given if name not in DEFAULTS]
     if unknown:
-        raise ValueError(f"additional_config[{KEY!r}] must have keys of {sorted(DEFAULTS)}, got {sorted(unknown)}")
+        raise ValueError(f"additional_config[{KEY!r}] must have keys of {sorted(DEFAULTS)}, got {unknown}")
     asked = {
-        name: given.get(name, environ.get(f"MOE_OPS_VLLM_{name.upper()}", default))
+        name: given.get(name, environ.get(f"MOE_OPS_VLLM_{name.upper()}") or default)  # an empty variable is none
         for name, default in DEFAULTS.items()
     }
-    return Settings(
+    settings = Settings(
         _choose("strategy", asked["strategy"], STRATEGIES),
         _choose("dispatch", asked["dispatch"], DISPATCHES),
         _choose("packed_payload", asked["packed_payload"], FLAGS),
     )
+    if settings.strategy is Strategy.ALLGATHER and settings.dispatch is not None:
+        raise ValueError(
+            f"moe_ops setting dispatch must be {AUTO!r} with strategy 'allgather', got {asked['dispatch']!r}"
+        )
+    if settings.strategy in (Strategy.ALL2ALL, Strategy.MC2) and not settings.packed_payload:
+        raise ValueError(f"moe_ops setting packed_payload must be true with strategy {asked['strategy']!r}, got false")
+    return settings
 
 
 def _choose(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
-    if value not in choices:
+    if not isinstance(value, str | bool) or value not in choices:
         raise ValueError(f"moe_ops setting {name} must be one of {list(choices)}, got {value!r}")
     return choices[value]
