@@ -28,8 +28,8 @@ graphs: list[list[str]] = []
 """Of the last engine: the names of each compiled graph's nodes that are ops, and not functions."""
 
 guards: list[str] = []
-"""Of its graphs: what was taken for granted while they were compiled, and is wrong for other token counts. vLLM checks none of
-it later."""
+"""Of its graphs, if the mode is of ``_compile``: what was taken for granted meanwhile, and is wrong for other token counts.
+vLLM checks none of it later."""
 
 OTHER_COUNTS = 3, 4, 5, 64, 127
 """Not 1 or 2: vLLM's sequence parallelism takes it for granted that a rank has more than one row."""

@@ -19,8 +19,8 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
 import moe_ops as mo
-from moe_ops.integrations.vllm.runner import MoeOpsRunner, install
-from moe_ops.integrations.vllm.settings import KEY
+from moe_ops.integrations.vllm.runner import MoeOpsRunner, _with_key, install
+from moe_ops.integrations.vllm.settings import KEY, read_settings
 from moe_ops.integrations.vllm.support import why_not
 
 from ..oracle import dense_moe
@@ -294,11 +294,13 @@ def test_a_layer_that_is_left_to_vllm_runs_there(config: VllmConfig, caplog: pyt
 def test_the_cache_key_tells_the_plugin_and_its_settings(config: VllmConfig) -> None:
     keys = {config.compute_hash()}
     make_layer(config)
-    assert set(config.additional_config) == {KEY, f"{KEY}_version"}
+    assert set(config.additional_config) == {KEY, f"{KEY}_version", f"{KEY}_forms"}
     keys.add(config.compute_hash())
     users = {KEY: {"packed_payload": False}}
     config.additional_config = users
     make_layer(config, "other")
     assert users == {KEY: {"packed_payload": False}}  # it may serve for another engine
     keys.add(config.compute_hash())
-    assert len(keys) == 3
+    config.additional_config = _with_key(config.additional_config, read_settings(config.additional_config), "MC2")
+    keys.add(config.compute_hash())
+    assert len(keys) == 4

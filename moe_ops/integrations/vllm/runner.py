@@ -15,7 +15,7 @@ from vllm.model_executor.utils import replace_parameter
 from fake_impls.layout import ceil_div, largest, padded_rows
 from moe_ops.integrations.vllm.plans import Plan, plan_for
 from moe_ops.integrations.vllm.routing import reads_input_ids, routing_of
-from moe_ops.integrations.vllm.settings import KEY, read_settings
+from moe_ops.integrations.vllm.settings import KEY, Settings, read_settings
 from moe_ops.integrations.vllm.support import ACTIVATIONS, why_not
 from moe_ops.integrations.vllm.token_counts import token_counts
 from moe_ops.packed_experts import prepack_experts
@@ -84,17 +84,11 @@ class MoeOpsRunner(MoERunner):
             logger.warning_once("moe_ops: a layer is left to vLLM, because %s.", reason)
             return super()._select_forward()
         settings = read_settings(vllm_config.additional_config)
-        # So that a compile cache keeps graphs with the plugin apart from those without, and from those of other settings.
-        # Not written into the user's dict, which may serve for another engine.
-        ours = {KEY: settings.to_json(), f"{KEY}_version": version("moe-ops")}
-        vllm_config.additional_config = {**vllm_config.additional_config, **ours}
         plan = self.plan = plan_for(self.moe_config, settings, vllm_config)
         self._replace_quant_method(PlainExperts(self.moe_config))
-        logger.info_once(
-            "moe_ops: MoE layers run as %s, because %s.",
-            f"{plan.strategy.name} {plan.dispatch.name if plan.dispatch else ''}".rstrip(),
-            plan.reason,
-        )
+        form = f"{plan.strategy.name} {plan.dispatch.name if plan.dispatch else ''}".rstrip()
+        vllm_config.additional_config = _with_key(vllm_config.additional_config, settings, form)
+        logger.info_once("moe_ops: MoE layers run as %s, because %s.", form, plan.reason)
         return partial(self._run_stage, plan, routing_of(self.router, self.routed_experts))
 
     @property
@@ -145,6 +139,14 @@ class MoeOpsRunner(MoERunner):
             # vLLM scales what it gets.
             routed = routed.as_strided((num_tokens, hidden_dim), (hidden_dim, 1)).clone()
         return routed if shared is None else (shared, routed)
+
+
+def _with_key(additional_config: dict[str, Any], settings: Settings, form: str) -> dict[str, Any]:
+    """What a compile cache tells graphs apart by: whether the plugin is there, its version, the settings, and the forms that
+    layers take, which what was timed may have decided. A new dict, since another engine may have the user's."""
+    forms = {*additional_config.get(f"{KEY}_forms", ()), form}
+    ours = {KEY: settings.to_json(), f"{KEY}_version": version("moe-ops"), f"{KEY}_forms": sorted(forms)}
+    return {**additional_config, **ours}
 
 
 def _count_rows(plan: Plan, hidden_states: torch.Tensor) -> tuple[int, dict[str, Any]]:
