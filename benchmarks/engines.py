@@ -2,7 +2,6 @@
 
 import os
 import resource
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 import moe_ops as mo
-from benchmarks.timing import Timing
+from benchmarks.timing import Timing, median
 
 LONGEST = 576  # tokens of a prompt and what is generated
 MAX_BATCHED = 512  # tokens of a step
 MAX_REQUESTS = 8
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -123,8 +112,7 @@ def run_load(group: mo.Group, load: Load) -> Timing:
         steps.append(Timing(time.perf_counter() - wall, time.thread_time() - cpu))
     if load.steps == 0:
         return Timing(sum(step.wall for step in steps), sum(step.cpu for step in steps))
-    decode = steps[1:]
-    return Timing(statistics.median(step.wall for step in decode), statistics.median(step.cpu for step in decode))
+    return median(steps[1:])
 
 
 def end_engine(group: mo.Group) -> None:

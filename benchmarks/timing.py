@@ -28,7 +28,7 @@ def compare(variants: Mapping[str, Callable[[], Any]], *, rounds: int, calls: in
             if dist.is_initialized():
                 dist.barrier()
             batches[name].append(_time_batch(call, calls))
-    return {name: _median(timings) for name, timings in batches.items()}
+    return {name: median(timings) for name, timings in batches.items()}
 
 
 def slowest(timings: list[dict[str, Timing]]) -> dict[str, Timing]:
@@ -46,5 +46,6 @@ def _time_batch(call: Callable[[], Any], calls: int) -> Timing:
     return Timing((time.perf_counter() - wall) / calls, (time.thread_time() - cpu) / calls)
 
 
-def _median(timings: list[Timing]) -> Timing:
+def median(timings: list[Timing]) -> Timing:
+    """Of each kind of seconds by itself."""
     return Timing(statistics.median(t.wall for t in timings), statistics.median(t.cpu for t in timings))

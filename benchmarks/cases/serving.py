@@ -1,7 +1,6 @@
 """vLLM with the plugin against vLLM without, on the same model: engines that live side by side, and are asked in turn."""
 
 import os
-import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.engines import (
-    ENVIRONMENT,
     LONGEST,
     Load,
     Memory,
@@ -24,8 +22,9 @@ from benchmarks.layer import DTYPES, EXPERTS, HIDDEN, INTERMEDIATE, SIZES, TOP_K
 from benchmarks.ranks import Ranks
 from benchmarks.registry import Aim, Case, Effort, Table
 from benchmarks.standings import name_of
-from benchmarks.timing import Timing, slowest
+from benchmarks.timing import Timing, median, slowest
 from moe_ops.demo_vllm.checkpoint import write_checkpoint
+from moe_ops.demo_vllm.environment import ENVIRONMENT, IN_PROCESS
 
 LAYERS = 4
 STOCK = Serving("vLLM", plugin=False)
@@ -91,7 +90,7 @@ def _is_plugin(row: dict[str, str | float]) -> bool:
 def _answers(effort: Effort) -> dict[Setting, list[Answer]]:
     """Of the engines of each setting."""
     answers = {}
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | IN_PROCESS)
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory, "model")
         write_checkpoint(
@@ -134,16 +133,12 @@ def _compare(model: str, setting: Setting, effort: Effort) -> list[Answer]:
                         timings[name].append(found[name])
             turn.append(turn.pop(0))  # so that each has each place
         answers = [
-            Answer({name: _median(of_load) for name, of_load in timings.items()}, _most(pool.run(read_memory)))
+            Answer({name: median(of_load) for name, of_load in timings.items()}, _most(pool.run(read_memory)))
             for pool, timings in zip(pools, rounds, strict=True)
         ]
         for pool in pools:
             pool.run(end_engine)
     return answers
-
-
-def _median(timings: list[Timing]) -> Timing:
-    return Timing(statistics.median(t.wall for t in timings), statistics.median(t.cpu for t in timings))
 
 
 def _most(memory: list[Memory]) -> Memory:

@@ -112,6 +112,13 @@ vllm_cpu_experts = define(
     fake=shapes.vllm_cpu_experts,
     backward=no_gradient,
 )
+"""``[N, H], int [N, K], float32 [N, K], packed [E, 2 * I, H] and [E, H, I], biases [E, 2 * I] and [E, H] -> [N, H]``, zero for
+rows that have no expert here. It reads ids on the host: it has CPU tensors alone, so that this waits for nothing.
+
+Raises:
+    ValueError, TypeError: arguments do not fit each other.
+    RuntimeError: vLLM's kernels are not installed.
+"""
 
 
 def load() -> bool:

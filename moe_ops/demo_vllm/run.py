@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moe_ops.demo_vllm.checkpoint import write_checkpoint
 from moe_ops.demo_vllm.engine import GRAPHS, Job
+from moe_ops.demo_vllm.environment import ENVIRONMENT
 from moe_ops.integrations.vllm import VARIABLE
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
@@ -20,15 +21,6 @@ STRATEGIES = "allgather", "all2all"
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12]]
 MAX_TOKENS = 12
 TIMEOUT = 600  # seconds of an engine, most of which is starting and compiling
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 class Served(NamedTuple):

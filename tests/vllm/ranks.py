@@ -7,7 +7,9 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .engines import ENVIRONMENT, Job, Result, run_job
+from moe_ops.demo_vllm.environment import ENVIRONMENT, IN_PROCESS
+
+from .engines import Job, Result, run_job
 
 TIMEOUT = 240.0  # seconds of one job
 
@@ -46,7 +48,7 @@ class EnginePool:
         return [results[rank] for rank in range(job.world_size)]
 
     def _start(self) -> None:
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT | IN_PROCESS)
         context = multiprocessing.get_context("spawn")
         for _ in range(self.size):
             here, there = context.Pipe()

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .engines import ENVIRONMENT
+from moe_ops.demo_vllm.environment import ENVIRONMENT, IN_PROCESS
+
 from .program import PROMPTS
 
 OPS = {
@@ -19,7 +20,13 @@ TIMEOUT = 200
 
 def run_programs(model: str, cache: Path) -> dict[str, Any]:
     """What a program without the plugin ("0") and one with it print, which run side by side."""
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_DISABLE_COMPILE_CACHE": "0", "VLLM_CACHE_ROOT": str(cache)}
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        **IN_PROCESS,
+        "VLLM_DISABLE_COMPILE_CACHE": "0",
+        "VLLM_CACHE_ROOT": str(cache),
+    }
     programs = {
         plugin: subprocess.Popen(
             [sys.executable, "-m", "tests.vllm.program", model],

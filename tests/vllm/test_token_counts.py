@@ -1,7 +1,9 @@
 """The op that reads vLLM's forward context."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.config import CompilationConfig, CompilationMode, VllmConfig
 from vllm.forward_context import DPMetadata, create_forward_context, override_forward_context
@@ -18,17 +20,20 @@ def context(counts: list[int] | None) -> override_forward_context:
     return override_forward_context(create_forward_context(None, config, dp_metadata=metadata))
 
 
-def test_the_counts_are_those_of_the_step() -> None:
-    for counts in (COUNTS, [1, 2, 3]):
-        with context(counts):
-            for rank, count in enumerate(counts):
-                assert list(token_counts(torch.zeros(count, 4), 3, rank, 1)) == counts
-
-
-def test_a_rank_may_have_a_share_of_them() -> None:
-    with context([5, 4]):
-        assert list(token_counts(torch.zeros(3, 4), 2, 0, 2)) == [5, 4]
-        assert list(token_counts(torch.zeros(2, 4), 2, 1, 2)) == [5, 4]
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 257]), min_size=2, max_size=4),
+    num_shards=st.sampled_from([1, 2, 3]),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_counts_are_those_of_the_step(counts: list[int], num_shards: int, data: st.DataObject) -> None:
+    """Whichever share of its DP rank's tokens a rank has."""
+    rank = data.draw(st.integers(0, len(counts) - 1))
+    rows = -(-counts[rank] // num_shards)
+    with context(counts):
+        assert list(token_counts(torch.zeros(rows, 4), len(counts), rank, num_shards)) == counts
+        with pytest.raises(ValueError, match=r"token counts .* must be"):
+            token_counts(torch.zeros(rows + 1, 4), len(counts), rank, num_shards)
 
 
 def test_one_dp_rank_has_its_own() -> None:

@@ -42,14 +42,15 @@ read_token_counts = define(
     kernel=_read_token_counts,
     fake=shapes.read_token_counts,
 )
-"""``[T, H] -> int64 [dp_size]``, a copy, on the host."""
+"""``[T, H] -> int64 [dp_size]``, a copy, on the host. Its check reads one number there, which waits for nothing."""
 
 token_counts = define(
     "vllm_token_counts(Tensor hidden_states, int dp_size, int dp_rank, int num_shards) -> SymInt[]",
     composite=_token_counts,
 )
 """``[T, H] -> dp_size`` ints: tokens of each DP rank in this step. The tensor ties the call to its place in the step, and is a
-share of the tokens of `dp_rank`: one of `num_shards`, rounded up.
+share of the tokens of `dp_rank`: one of `num_shards`, rounded up. The counts are on the host, so that reading them waits for
+nothing; a compiler knows nothing about them.
 
 Raises:
     RuntimeError: vLLM's forward context holds no counts.
