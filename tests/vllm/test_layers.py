@@ -4,6 +4,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,8 @@ from vllm.distributed import (
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.model_executor.utils import weights_already_processed
 
 import moe_ops as mo
 from moe_ops.integrations.vllm.runner import MoeOpsRunner, _with_key, install
@@ -242,6 +245,14 @@ def test_weights_can_be_updated(config: VllmConfig) -> None:
     hidden, logits, _ = inputs()
     found = call(layer, config, hidden, logits)
     torch.testing.assert_close(found.double(), dense_moe(hidden, logits, weights, ROUTING), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_another_process_packed_are_refused(config: VllmConfig) -> None:
+    """Or they would be packed twice."""
+    layer = make_layer(config)
+    model = SimpleNamespace(word_embeddings_untied_by_checkpoint=False, quantization=None)
+    with weights_already_processed(), pytest.raises(RuntimeError, match="PlainExperts does not support pre-processed"):
+        process_weights_after_loading(layer, model, torch.device("cpu"))
 
 
 REASONS: dict[str, tuple[Callable[[Any, VllmConfig], Any], str]] = {

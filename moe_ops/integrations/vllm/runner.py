@@ -42,7 +42,10 @@ class PlainExperts(UnquantizedFusedMoEMethod):
     """Experts in the weights that vLLM loads, packed for the kernel of this library that reads them."""
 
     layout = WeightLayout.PLAIN
-    supports_pre_processed_weights = False  # of another process, which do not say how they are packed
+
+    def __init__(self, moe_config: Any) -> None:
+        super().__init__(moe_config)
+        self.supports_pre_processed_weights = False  # of another process, which do not say how they are packed
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack them; anew, after an update of the weights, into the memory that compiled code knows."""
