@@ -33,7 +33,8 @@ class Serving:
 
 
 class Load(NamedTuple):
-    """What an engine is asked for: prompts of as many tokens, and `steps` steps of decode (0: the prefill is what is timed)."""
+    """What an engine is asked for: `requests` prompts of `prompt` tokens, and `steps` steps of decode (0: the prefill is
+    timed)."""
 
     requests: int
     prompt: int

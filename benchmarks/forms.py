@@ -3,9 +3,9 @@
 T tokens of a rank, H hidden, E experts, W ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,27 +17,36 @@ EXPERTS = 256
 
 @dataclass(frozen=True)
 class Form:
-    """A strategy, over one axis that all ranks of the world span."""
+    """A strategy, over one axis that all ranks of the world span, and the field of `Lengths` that calls say."""
 
     name: str
     strategy: mo.Strategy
     axis: str
+    said: str
     is_sharded: bool = False
-    is_ragged: bool = False
 
-    def groups(self, group: mo.Group) -> mo.ParallelGroups:
-        return mo.ParallelGroups()._replace(**{self.axis: group})
+    @property
+    def is_ragged(self) -> bool:
+        return self.said == "per_rank"
+
+    def layout(self, group: mo.Group) -> mo.Layout:
+        groups = mo.ParallelGroups()._replace(**{self.axis: group})
+        return mo.Layout(self.strategy, groups, tokens_are_sharded=self.is_sharded)
+
+    def lengths(self, *, longest: int, per_rank: Sequence[int], mask: torch.Tensor) -> mo.Lengths:
+        known = {"longest": longest, "per_rank": per_rank, "mask": mask}
+        return mo.Lengths(**{self.said: known[self.said]})
 
     def tokens(self, size: int, tokens: int) -> list[int]:
         """Tokens of each rank: as many on all, or a quarter fewer on every second rank where the form may be ragged."""
         return [tokens - (rank % 2) * (tokens // 4 if self.is_ragged else 0) for rank in range(size)]
 
 
-ALL2ALL = Form("ALL2ALL", mo.Strategy.ALL2ALL, "tp")
-MC2 = Form("MC2", mo.Strategy.MC2, "tp")
-ALLGATHER_DP = Form("ALLGATHER DP", mo.Strategy.ALLGATHER, "dp")
-ALLGATHER_EP = Form("ALLGATHER EP equal", mo.Strategy.ALLGATHER, "ep", is_sharded=True)
-ALLGATHER_EP_RAGGED = Form("ALLGATHER EP ragged", mo.Strategy.ALLGATHER, "ep", is_sharded=True, is_ragged=True)
+ALL2ALL = Form("ALL2ALL", mo.Strategy.ALL2ALL, "tp", "longest")
+MC2 = Form("MC2", mo.Strategy.MC2, "tp", "mask")
+ALLGATHER_DP = Form("ALLGATHER DP", mo.Strategy.ALLGATHER, "dp", "longest")
+ALLGATHER_EP = Form("ALLGATHER EP equal", mo.Strategy.ALLGATHER, "ep", "longest", is_sharded=True)
+ALLGATHER_EP_RAGGED = Form("ALLGATHER EP ragged", mo.Strategy.ALLGATHER, "ep", "per_rank", is_sharded=True)
 FORMS = (ALL2ALL, MC2, ALLGATHER_DP, ALLGATHER_EP, ALLGATHER_EP_RAGGED)
 
 
@@ -47,13 +56,13 @@ class Inputs(NamedTuple):
     Attributes:
         hidden_states: ``[T, H]`` bfloat16.
         router_logits: ``[T, E]`` float32.
-        mc2_mask: bool ``[P]``, P the largest T padded to a multiple of W.
+        mask: bool ``[P]``, P the largest T padded to a multiple of W.
         counts: T of each rank.
     """
 
     hidden_states: torch.Tensor
     router_logits: torch.Tensor
-    mc2_mask: torch.Tensor
+    mask: torch.Tensor
     counts: list[int]
 
 
@@ -66,17 +75,11 @@ def make_inputs(group: mo.Group, counts: list[int], *, hidden: int = HIDDEN, exp
     return Inputs(hidden_states, router_logits, torch.arange(padded) < tokens, counts)
 
 
-def call_prepare(form: Form, groups: mo.ParallelGroups, inputs: Inputs) -> Callable[[], mo.PrepareOutput]:
-    """The call of `moe_ops.prepare` that this form makes."""
-    strategy, counts = form.strategy, inputs.counts
-    keywords: dict[str, Any] = {}
-    if form.strategy is mo.Strategy.MC2:
-        keywords = {"mc2_mask": inputs.mc2_mask}
-    elif form.is_sharded:
-        keywords = {"tokens_are_sharded": True, "num_tokens_across_ep": counts if form.is_ragged else None}
-    elif form.strategy is mo.Strategy.ALLGATHER:
-        keywords = {"max_tokens_across_dp": max(counts)}
-    return lambda: mo.prepare(inputs.hidden_states, inputs.router_logits, strategy=strategy, groups=groups, **keywords)
+def call_prepare(form: Form, layout: mo.Layout, inputs: Inputs) -> Callable[[], mo.PrepareOutput]:
+    """The call of `moe_ops.prepare`."""
+    hidden_states, router_logits, mask, counts = inputs
+    lengths = form.lengths(longest=max(counts), per_rank=counts, mask=mask)
+    return lambda: mo.prepare(hidden_states, router_logits, layout, lengths)
 
 
 class Traced(NamedTuple):
@@ -84,32 +87,26 @@ class Traced(NamedTuple):
 
     hidden_states: torch.Tensor
     router_logits: torch.Tensor
-    mc2_mask: torch.Tensor
+    mask: torch.Tensor
     longest: torch.Tensor
     counts: list[torch.Tensor]
 
 
 def make_traced(inputs: Inputs) -> Traced:
     """The inputs with their token axes marked."""
-    mo.mark_token_axes(inputs.hidden_states, inputs.router_logits, inputs.mc2_mask)
+    mo.mark_token_axes(inputs.hidden_states, inputs.router_logits, inputs.mask)
     counts = [mo.token_count(count) for count in inputs.counts]
     return Traced(*inputs[:3], mo.token_count(max(inputs.counts)), counts)
 
 
-def make_round_trip(form: Form, groups: mo.ParallelGroups) -> Callable[[Traced], torch.Tensor]:
+def make_round_trip(form: Form, layout: mo.Layout) -> Callable[[Traced], torch.Tensor]:
     """Prepare, then finalize with the prepared tokens in the place of what experts would make of them."""
 
     def round_trip(inputs: Traced) -> torch.Tensor:
-        prepared = mo.prepare(
-            inputs.hidden_states,
-            inputs.router_logits,
-            strategy=form.strategy,
-            groups=groups,
-            mc2_mask=inputs.mc2_mask,
-            max_tokens_across_dp=inputs.longest.shape[0],
-            num_tokens_across_ep=[count.shape[0] for count in inputs.counts] if form.is_ragged else None,
-            tokens_are_sharded=form.is_sharded,
-        )
-        return mo.finalize(prepared.hidden_states, prepared.state, strategy=form.strategy, groups=groups)
+        hidden_states, router_logits, mask, longest, counts = inputs
+        per_rank = [count.shape[0] for count in counts]
+        lengths = form.lengths(longest=longest.shape[0], per_rank=per_rank, mask=mask)
+        prepared = mo.prepare(hidden_states, router_logits, layout, lengths)
+        return mo.finalize(prepared.hidden_states, prepared.state, layout)
 
     return round_trip

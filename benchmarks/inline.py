@@ -21,7 +21,7 @@ def prepare_all2all(group: mo.Group, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def prepare_mc2(group: mo.Group, inputs: Inputs) -> list[torch.Tensor]:
-    padded = inputs.mc2_mask.shape[0]
+    padded = inputs.mask.shape[0]
     return [_chunk(x, padded, group) for x in inputs[:3]]
 
 

@@ -80,7 +80,7 @@ def expected_of(batch: Batch, weights: Weights) -> torch.Tensor:
     """What the layer makes of the batch, float32 ``[T, H]``."""
     experts = mo.ExpertWeights(weights.w13.float(), weights.w2.float())
     hidden = batch.hidden_states.float()
-    return mo.reference.moe_stage(hidden, hidden @ weights.router.float().T, experts, routing=ROUTING)
+    return mo.reference.moe_stage(hidden, hidden @ weights.router.float().T, experts, ROUTING)
 
 
 def touched_bytes(batch: Batch, weights: Weights) -> int:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import moe_ops as mo
 from benchmarks.contest import Entry, Implementation
 from benchmarks.layer import EXPERTS, ROUTING, Batch, Weights
+from moe_ops.backends.vllm_cpu import pack_experts, run_rows
 from moe_ops.dispatchers import combine, dispatch
 from moe_ops.experts import run_experts
-from moe_ops.packed_experts import pack_for_vllm, run_packed_experts
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Path:
     is_sharded: bool = False
     is_packed: bool = False
     is_float32: bool = False
+
+    def layout(self, group: mo.Group) -> mo.Layout:
+        groups = mo.ParallelGroups(dp=group, ep=group)
+        return mo.Layout(self.strategy, groups, self.dispatch, tokens_are_sharded=self.is_sharded)
 
 
 PATHS = (
@@ -59,11 +63,10 @@ def build_experts(weights: Weights, _: mo.Group, is_float32: bool = False) -> Im
 
 def build_packed_experts(weights: Weights, _: mo.Group) -> Implementation:
     """The same through vLLM's kernel, which groups the rows itself."""
-    experts = pack_for_vllm(mo.ExpertWeights(weights.w13, weights.w2))
+    experts = pack_experts(mo.ExpertWeights(weights.w13, weights.w2))
 
     def run(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        rows = hidden_states, topk_ids, topk_weights
-        return run_packed_experts(*rows, experts, first_expert=0, is_weighed=False)
+        return run_rows(hidden_states, topk_ids, topk_weights, 0, experts, False)
 
     return Implementation(run, _mark)
 
@@ -71,24 +74,13 @@ def build_packed_experts(weights: Weights, _: mo.Group) -> Implementation:
 def build_stage(path: Path, weights: Weights, group: mo.Group) -> Implementation:
     """The router and the whole stage, over data parallel ranks that share the experts out."""
     experts, router = weights.share_of(group), weights.router
-    experts = pack_for_vllm(experts) if path.is_packed else experts
+    experts = pack_experts(experts) if path.is_packed else experts
     experts = experts._replace(w13=experts.w13.float(), w2=experts.w2.float()) if path.is_float32 else experts
-    groups = mo.ParallelGroups(dp=group, ep=group)
+    layout = path.layout(group)
 
-    def run(hidden_states: torch.Tensor, mc2_mask: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
-        return mo.moe_stage(
-            hidden_states,
-            F.linear(hidden_states, router),
-            experts,
-            routing=ROUTING,
-            strategy=path.strategy,
-            groups=groups,
-            dispatch=path.dispatch,
-            reduce_results=True,
-            mc2_mask=mc2_mask if path.strategy is mo.Strategy.MC2 else None,
-            max_tokens_across_dp=longest.shape[0],
-            tokens_are_sharded=path.is_sharded,
-        )
+    def run(hidden_states: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
+        logits, lengths = F.linear(hidden_states, router), mo.Lengths(longest=longest.shape[0])
+        return mo.moe_stage(hidden_states, logits, experts, ROUTING, layout, lengths=lengths, reduce_results=True)
 
     return Implementation(run, _mark_stage)
 
@@ -98,11 +90,9 @@ def _mark(batch: Batch) -> Batch:
     return batch
 
 
-def _mark_stage(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = batch.hidden_states.shape[0]
-    mask = torch.ones(tokens, dtype=torch.bool)
-    mo.mark_token_axes(batch.hidden_states, mask)
-    return batch.hidden_states, mask, mo.token_count(tokens)
+def _mark_stage(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    mo.mark_token_axes(batch.hidden_states)
+    return batch.hidden_states, mo.token_count(batch.hidden_states.shape[0])
 
 
 EXPERTS_ENTRIES = (

@@ -16,7 +16,13 @@ class Timing(NamedTuple):
 
 
 def compare(variants: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int) -> dict[str, Timing]:
-    """The median time of a call of each variant, over `rounds` batches of `calls` calls: A B C A B C ...
+    """The median time of a call of each variant, over the batches of `time_in_turn`."""
+    batches = time_in_turn(variants, rounds=rounds, calls=calls)
+    return {name: median(timings) for name, timings in batches.items()}
+
+
+def time_in_turn(variants: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int) -> dict[str, list[Timing]]:
+    """The time of a call of each variant in each of `rounds` batches of `calls` calls: A B C A B C ...
 
     In a process group, every rank calls it; the ranks meet before each batch.
     """
@@ -28,7 +34,7 @@ def compare(variants: Mapping[str, Callable[[], Any]], *, rounds: int, calls: in
             if dist.is_initialized():
                 dist.barrier()
             batches[name].append(_time_batch(call, calls))
-    return {name: median(timings) for name, timings in batches.items()}
+    return batches
 
 
 def slowest(timings: list[dict[str, Timing]]) -> dict[str, Timing]:

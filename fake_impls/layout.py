@@ -36,6 +36,8 @@ def offsets(counts: Sequence[int]) -> list[int]:
 
 def largest(counts: Sequence[int]) -> int:
     """The largest of one or more counts."""
+    if not any(isinstance(count, torch.SymInt) for count in counts):
+        return max(counts)
     result = counts[0]
     for count in counts[1:]:
         result = torch.sym_max(result, count)
@@ -50,27 +52,6 @@ def total(counts: Sequence[int]) -> int:
     return sum(counts)
 
 
-def common_rows(
-    num_rows: int, max_tokens_across_dp: int | None, num_tokens_across_ep: Sequence[int] | None, num_chunks: int
-) -> int:
-    """Rows that all EP ranks pad to for an even exchange: from the counts if known, else all are held to be equal.
-
-    Each rank holds one of `num_chunks` chunks of its tokens, `num_rows` of them here.
-    """
-    if num_tokens_across_ep is not None:
-        return largest(num_tokens_across_ep)
-    if max_tokens_across_dp is not None:
-        return rows_per_rank(max_tokens_across_dp, num_chunks)
-    return num_rows
-
-
 def expert_parallel_rank(dp_rank: int, pcp_rank: int, tp_rank: int, *, pcp_size: int, tp_size: int) -> int:
     """Rank in the EP group, laid out ``[DP, PCP, TP]`` with TP fastest."""
     return (dp_rank * pcp_size + pcp_rank) * tp_size + tp_rank
-
-
-def gathered_row(
-    pcp_rank: int, dp_rank: int, token: int, *, max_tokens_across_dp: int, max_tokens_across_pcp: int
-) -> int:
-    """Row of a token in the AllGather DP form, which gathers over DP first and over PCP around that."""
-    return pcp_rank * max_tokens_across_pcp + dp_rank * max_tokens_across_dp + token

@@ -11,40 +11,52 @@ BLOCK = 32
 
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``[T, H] -> int8 [T, H], float32 [T]``."""
-    check_input(x)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``int8 [T, H], float32 [T] -> dtype [T, H]``."""
-    check_quantized(quantized, torch.int8, scale, torch.float32, dtype)
-    check_dim("dequantize", "scale", scale, 1)
-    return quantized.new_empty(quantized.shape, dtype=dtype)
 
 
 def quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``[T, H] -> float8_e4m3fn [T, H], float8_e8m0fnu [T, B]``."""
-    check_input(x)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), _block_scales(x)
+
+
+def quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[T, H] -> uint8 [T, ceil(H / 2)], float8_e8m0fnu [T, B]``: two e2m1 elements a byte."""
+    return x.new_empty(x.shape[0], ceil_div(x.shape[1], 2), dtype=torch.uint8), _block_scales(x)
+
+
+def check_quantize(x: torch.Tensor) -> None:
+    check_dim("quantize", "hidden_states", x, 2)
+    check_dtype("quantize", "hidden_states", x, FLOATS)
+
+
+def dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``int8 [T, H], float32 [T] -> dtype [T, H]``."""
+    return quantized.new_empty(quantized.shape, dtype=dtype)
+
+
+def check_dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+    check_quantized(quantized, torch.int8, scale, torch.float32, dtype)
+    check_dim("dequantize", "scale", scale, 1)
 
 
 def dequantize_mxfp8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``uint8 [T, H], uint8 [T, B] -> dtype [T, H]``: the bytes of e4m3 elements and e8m0 scales."""
-    check_quantized(quantized, torch.uint8, scale, torch.uint8, dtype)
-    check_blocks(scale, quantized.shape[1])
     return quantized.new_empty(quantized.shape, dtype=dtype)
 
 
-def quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[T, H] -> float4_e2m1fn_x2 [T, ceil(H / 2)], float8_e8m0fnu [T, B]``."""
-    check_input(x)
-    return x.new_empty(x.shape[0], ceil_div(x.shape[1], 2), dtype=torch.float4_e2m1fn_x2), _block_scales(x)
+def check_dequantize_mxfp8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+    check_quantized(quantized, torch.uint8, scale, torch.uint8, dtype)
+    check_blocks(scale, quantized.shape[1])
 
 
 def dequantize_mxfp4(
     quantized: torch.Tensor, scale: torch.Tensor, hidden_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """``uint8 [T, ceil(H / 2)], uint8 [T, B] -> dtype [T, H]``: the bytes of e2m1 pairs and e8m0 scales."""
+    return quantized.new_empty(quantized.shape[0], hidden_size, dtype=dtype)
+
+
+def check_dequantize_mxfp4(quantized: torch.Tensor, scale: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> None:
     check_quantized(quantized, torch.uint8, scale, torch.uint8, dtype)
     if ceil_div(hidden_size, 2) != quantized.shape[1]:
         pairs = quantized.shape[1]
@@ -52,13 +64,6 @@ def dequantize_mxfp4(
             f"dequantize: hidden_size must be {2 * pairs} or {2 * pairs - 1} for {pairs} bytes, got {hidden_size}"
         )
     check_blocks(scale, hidden_size)
-    return quantized.new_empty(quantized.shape[0], hidden_size, dtype=dtype)
-
-
-def check_input(x: torch.Tensor) -> None:
-    """Rows of a dtype that quantises."""
-    check_dim("quantize", "hidden_states", x, 2)
-    check_dtype("quantize", "hidden_states", x, FLOATS)
 
 
 def check_quantized(

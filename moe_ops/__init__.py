@@ -8,18 +8,22 @@ from moe_ops.dynamic import mark_token_axes, token_count
 from moe_ops.groups import Group, ParallelGroups
 from moe_ops.overlap import interleave
 from moe_ops.packed_experts import prepack_experts
-from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations, quantize_weights
+from moe_ops.quantize import dequantize_activations, quantize_activations
+from moe_ops.quantized_weights import dequantize_weights, quantize_weights
 from moe_ops.selection import select_strategy
-from moe_ops.stage import moe_stage, moe_stage_steps
+from moe_ops.stage import moe_stage, moe_stage_steps, run_stage
 from moe_ops.strategies import finalize, lay_out_like_prepared, output_reduction, prepare
 from moe_ops.types import (
     Dispatch,
     ExpertWeights,
+    Layout,
+    Lengths,
     PrepareOutput,
     Quant,
     Reduction,
     Routing,
     SharedExperts,
+    StageOutput,
     Strategy,
     WeightLayout,
 )
@@ -30,6 +34,8 @@ __all__ = [
     "ExpertWeights",
     "Group",
     "LayerShape",
+    "Layout",
+    "Lengths",
     "Link",
     "ParallelGroups",
     "PrepareOutput",
@@ -37,6 +43,7 @@ __all__ = [
     "Reduction",
     "Routing",
     "SharedExperts",
+    "StageOutput",
     "Strategy",
     "Topology",
     "WeightLayout",
@@ -55,6 +62,7 @@ __all__ = [
     "quantize_activations",
     "quantize_weights",
     "reference",
+    "run_stage",
     "select_strategy",
     "token_count",
 ]

@@ -34,6 +34,10 @@ def calibrate(
     Raises:
         ValueError: the group has one rank, or `sizes` or `rounds` are out of range.
         RuntimeError: no process group has the name of the group.
+
+    Example: once, when all ranks start::
+
+        calibration = mo.calibrate(groups.ep, device=x.device)
     """
     if group.size < 2:
         raise ValueError(f"calibrate: group must have 2 ranks or more, got {group.size}")
@@ -57,7 +61,12 @@ def calibrate(
 
 
 def fit_link(sizes: tuple[int, int], seconds: tuple[float, float]) -> Link:
-    """The link that takes these times for these bytes; a latency below 0 becomes 0."""
+    """The link that takes these times for these bytes; a latency below 0 becomes 0.
+
+    Example: 1 ms, and 1 us for each KB::
+
+        fit_link((1000, 2000), (0.001001, 0.001002))
+    """
     (small, large), (first, second) = sizes, seconds
     per_byte = (second - first) / (large - small) if second > first else second / large
     return Link(max(first - small * per_byte, 0.0), 1 / per_byte)
@@ -69,14 +78,14 @@ def _make_call(kind: CollectiveKind, num_bytes: int, group: Group, device: torch
     block = max(num_bytes // (size - 1) // 4, 1)  # float32 elements that go to each other rank
     if kind is CollectiveKind.ALL_GATHER:
         x = torch.zeros(block, device=device)
-        return lambda: collectives.all_gather(x, size, name)
+        return lambda: collectives.all_gather(x, size, name)()
     if kind is CollectiveKind.ALL_REDUCE:  # each block travels twice: to its sum, and back
         y = torch.zeros(max(block * size // 2, 1), device=device)
         return lambda: collectives.all_reduce(y, name, size)
     z = torch.zeros(block * size, device=device)
     if kind is CollectiveKind.REDUCE_SCATTER:
-        return lambda: collectives.reduce_scatter(z, size, name)
-    return lambda: collectives.all_to_all(z, size, name)
+        return lambda: collectives.reduce_scatter(z, size, name)()
+    return lambda: collectives.exchange_rows(z, size, name)()
 
 
 def _time(call: Callable[[], torch.Tensor], group: Group, device: torch.device) -> float:

@@ -46,6 +46,10 @@ class Topology(NamedTuple):
 
         Raises:
             ValueError: EP is not DP x PCP x TP.
+
+        Example::
+
+            topology = mo.Topology.from_groups(mo.ParallelGroups.from_device_mesh(mesh))
         """
         topology = cls(groups.tp.size, groups.dp.size, groups.pcp.size)
         if groups.ep.size != topology.ep:
@@ -87,7 +91,12 @@ class Calibration(NamedTuple):
 
     @classmethod
     def uniform(cls, *, latency: float, bandwidth: float) -> "Calibration":
-        """The same link for every kind."""
+        """The same link for every kind.
+
+        Example: 20 us and 400 Gb/s::
+
+            calibration = mo.Calibration.uniform(latency=20e-6, bandwidth=50e9)
+        """
         return cls(*[Link(latency, bandwidth)] * len(cls._fields))
 
 

@@ -2,19 +2,24 @@
 
 Pure functions of integers and floats: ranks that are given the same get the same, to the bit. What is not a collective of the
 routed experts is left out: routing, packing and permuting rows, the experts' products, shared experts. `shared_expert_dp`,
-where each TP rank exchanges all T tokens, is not modelled.
+where each TP rank exchanges all T tokens, is not modelled; nor are fused exchanges of a device.
+
+A strategy has a row in the table `COSTS`: the function that gives its collectives.
 
 T tokens of a TP group, N rows of an EP rank, W ranks of EP, H hidden, E experts, K top-k.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from fake_impls.experts import sum_dtype
 from fake_impls.layout import ceil_div, rows_per_rank
 from fake_impls.quantize import BLOCK
 from moe_ops.cost_types import Calibration, Collective, CollectiveKind, FormCost, LayerShape, Link, RowCopies, Topology
+from moe_ops.strategies import STRATEGIES
 from moe_ops.types import Dispatch, Quant, Strategy
 
 ROUTE_BYTES = 8
@@ -23,18 +28,14 @@ ROUTE_BYTES = 8
 COUNT_BYTES = 8
 """Of each rank in the exchange of the counts: int64."""
 
-FORMS = (
-    (Strategy.ALLGATHER, Dispatch.LOCAL),
-    (Strategy.MC2, Dispatch.FIXED_CAPACITY),
-    (Strategy.ALL2ALL, Dispatch.ALL_TO_ALL),
-    (Strategy.ALL2ALL, Dispatch.FIXED_CAPACITY),
-    (Strategy.MC2, Dispatch.ALL_TO_ALL),
-)
-"""What `moe_stage` accepts; of forms that cost the same the first is chosen."""
-
 
 def payload_bytes(layer: LayerShape) -> int:
-    """Bytes of a row's hidden states as they travel, scales included."""
+    """Bytes of a row's hidden states as they travel to the experts, scales included.
+
+    Example::
+
+        payload_bytes(mo.LayerShape(7168, 256, 8, quant=mo.Quant.W8A8))  # 7168 + 4
+    """
     width = layer.hidden_size
     if layer.quant is Quant.NONE:
         return width * layer.dtype.itemsize
@@ -43,10 +44,29 @@ def payload_bytes(layer: LayerShape) -> int:
     return (width if layer.quant is Quant.MXFP8 else ceil_div(width, 2)) + ceil_div(width, BLOCK)
 
 
+def result_bytes(layer: LayerShape) -> int:
+    """Bytes of a row of results, of which those of float16 are summed, and so travel, in float32.
+
+    Example::
+
+        result_bytes(mo.LayerShape(7168, 256, 8, dtype=torch.float16))  # 4 * 7168
+    """
+    return layer.hidden_size * sum_dtype(layer.dtype).itemsize
+
+
+def _route_bytes(layer: LayerShape) -> int:
+    """Bytes of a row's ids and weights."""
+    return ROUTE_BYTES * layer.top_k
+
+
 def expected_copies(*, num_experts: int, top_k: int, ep_size: int) -> float:
     """Copies of a row that go to other ranks, one for each rank that has an expert of it, if all choices are equally likely.
 
     ``(W - 1) * (1 - C(E - E / W, K) / C(E, K))``: the second factor is the probability that a rank has one.
+
+    Example::
+
+        expected_copies(num_experts=256, top_k=8, ep_size=32)  # 7.0
     """
     absent = math.comb(num_experts - num_experts // ep_size, top_k) / math.comb(num_experts, top_k)
     return (ep_size - 1) * (1 - absent)
@@ -75,6 +95,12 @@ def predict_costs(
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+
+    Example::
+
+        layer = mo.LayerShape(hidden_size=4096, num_experts=128, top_k=8)
+        costs = predict_costs(layer, mo.Topology(tp=2, dp=4), 512, calibration=mo.calibrate(groups.ep))
+        by_bytes = sorted(costs, key=lambda cost: cost.bytes_sent)
     """
     check_shapes("predict_costs", layer, topology, num_tokens)
     for kind, link in zip(Calibration._fields, calibration, strict=True):
@@ -91,8 +117,8 @@ def predict_costs(
         raise ValueError(
             f"predict_costs: copies must be at most {rows} rows to each of {topology.ep - 1} ranks, got {max(copies.sent)}"
         )
-    model = _Model(layer, topology, num_tokens, calibration, tokens_are_sharded, copies)
-    return tuple(model.cost(*form) for form in FORMS)
+    subject = Subject(layer, topology, num_tokens, calibration, tokens_are_sharded, copies)
+    return tuple(_form_cost(subject, *form) for form in FORMS)
 
 
 def check_shapes(op: str, layer: LayerShape, topology: Topology, num_tokens: int) -> None:
@@ -109,8 +135,8 @@ def check_shapes(op: str, layer: LayerShape, topology: Topology, num_tokens: int
         raise ValueError(f"{op}: num_experts must be a multiple of EP = {topology.ep}, got {layer.num_experts}")
 
 
-class _Model(NamedTuple):
-    """The arguments of `predict_costs`, and what each step sends."""
+class Subject(NamedTuple):
+    """The arguments of `predict_costs`, checked."""
 
     layer: LayerShape
     topology: Topology
@@ -119,78 +145,103 @@ class _Model(NamedTuple):
     tokens_are_sharded: bool
     copies: RowCopies
 
-    @property
-    def plain(self) -> int:
-        """Bytes of a row of results."""
-        return self.layer.hidden_size * self.layer.dtype.itemsize
 
-    @property
-    def routes(self) -> int:
-        """Bytes of a row's ids and weights."""
-        return ROUTE_BYTES * self.layer.top_k
+def _gather(subject: Subject, dispatch: Dispatch) -> list[Collective]:
+    """The collectives of ALLGATHER."""
+    return _ep_form(subject) if subject.tokens_are_sharded else _dp_form(subject)
 
-    def cost(self, strategy: Strategy, dispatch: Dispatch) -> FormCost:
-        if strategy is Strategy.ALLGATHER:
-            collectives = self._gather_over_ep() if self.tokens_are_sharded else self._gather_over_dp()
-        else:
-            collectives = self._exchange(dispatch)
-        total = sum(collective.bytes_sent for collective in collectives)
-        if dispatch is Dispatch.ALL_TO_ALL and collectives:  # who sends most there is not who sends most back
-            packed = payload_bytes(self.layer) + self.routes
-            each = zip(self.copies.sent, self.copies.received, strict=True)
-            total -= sum(one.bytes_sent for one in collectives if one.step in ("dispatch", "combine"))
-            total += max(sent * packed + received * self.plain for sent, received in each)
-        return FormCost(strategy, dispatch, collectives, total, sum(one.seconds for one in collectives))
 
-    def _gather_over_ep(self) -> tuple[Collective, ...]:
-        peers, rows = self.topology.ep - 1, rows_per_rank(self.num_tokens, self.topology.tp)
-        if not peers:
-            return ()
-        packed = payload_bytes(self.layer) + self.routes
-        return (
-            self._one("prepare", CollectiveKind.ALL_GATHER, "EP", peers * rows, packed),
-            self._one("finalize", CollectiveKind.REDUCE_SCATTER, "EP", peers * rows, self.plain),
-        )
+def _ep_form(subject: Subject) -> list[Collective]:
+    layer, topology = subject.layer, subject.topology
+    sent = (topology.ep - 1) * rows_per_rank(subject.num_tokens, topology.tp)
+    if topology.ep == 1:
+        return []
+    packed = payload_bytes(layer) + _route_bytes(layer)
+    return [
+        _collective(subject, "prepare", CollectiveKind.ALL_GATHER, "EP", sent, packed),
+        _collective(subject, "finalize", CollectiveKind.REDUCE_SCATTER, "EP", sent, result_bytes(layer)),
+    ]
 
-    def _gather_over_dp(self) -> tuple[Collective, ...]:
-        """Quantised after the gather. PCP is the outer gather, and its reduce-scatter the first."""
-        tp, dp, pcp = self.topology
-        axes = [("DP", (dp - 1) * self.num_tokens), ("PCP", (pcp - 1) * dp * self.num_tokens)]
-        axes = [(axis, rows) for (axis, rows), size in zip(axes, (dp, pcp), strict=True) if size > 1]
-        packed = self.plain + self.routes
-        gathers = [self._one("prepare", CollectiveKind.ALL_GATHER, axis, rows, packed) for axis, rows in axes]
-        reduces = [
-            self._one("finalize", CollectiveKind.REDUCE_SCATTER, axis, rows, self.plain) for axis, rows in axes[::-1]
-        ]
-        if tp > 1:  # a ring reduces and gathers: two times all but one of TP blocks
-            rows_sent = 2 * (tp - 1) * self.num_tokens / tp
-            reduces.append(self._one("finalize", CollectiveKind.ALL_REDUCE, "TP", rows_sent, self.plain))
-        return (*gathers, *reduces)
 
-    def _exchange(self, dispatch: Dispatch) -> tuple[Collective, ...]:
-        topology, kind = self.topology, CollectiveKind.ALL_TO_ALL
-        rows, peers = rows_per_rank(self.num_tokens, topology.tp), topology.ep - 1
-        collectives = []
-        if peers:
-            sent = received = float(peers * rows)  # a fixed capacity: the rows of a rank, to each other rank
-            if dispatch is Dispatch.ALL_TO_ALL:
-                collectives.append(self._one("counts", kind, "EP", peers, COUNT_BYTES))
-                sent, received = max(self.copies.sent), max(self.copies.received)
-            packed = payload_bytes(self.layer) + self.routes
-            collectives.append(self._one("dispatch", kind, "EP", sent, packed, received))
-            collectives.append(self._one("combine", kind, "EP", received, self.plain, sent))
-        if topology.tp > 1 and not self.tokens_are_sharded:
-            collectives.append(
-                self._one("finalize", CollectiveKind.ALL_GATHER, "TP", (topology.tp - 1) * rows, self.plain)
-            )
-        return tuple(collectives)
+def _dp_form(subject: Subject) -> list[Collective]:
+    """Quantised after the gather. PCP is the outer gather, and its reduce-scatter the first."""
+    layer, (tp, dp, pcp), num_tokens = subject.layer, subject.topology, subject.num_tokens
+    axes = [("DP", dp, (dp - 1) * num_tokens), ("PCP", pcp, (pcp - 1) * dp * num_tokens)]
+    axes = [(axis, size, rows) for axis, size, rows in axes if size > 1]
+    packed, result = payload_bytes(layer._replace(quant=Quant.NONE)) + _route_bytes(layer), result_bytes(layer)
+    gather, reduce = CollectiveKind.ALL_GATHER, CollectiveKind.REDUCE_SCATTER
+    collectives = [_collective(subject, "prepare", gather, axis, rows, packed) for axis, _, rows in axes]
+    collectives += [_collective(subject, "finalize", reduce, axis, rows, result) for axis, _, rows in axes[::-1]]
+    if tp > 1:  # a ring reduces and gathers: two times all but one of TP blocks
+        rows_sent = 2 * (tp - 1) * num_tokens / tp
+        collectives.append(_collective(subject, "finalize", CollectiveKind.ALL_REDUCE, "TP", rows_sent, result))
+    return collectives
 
-    def _one(
-        self, step: str, kind: CollectiveKind, axis: str, rows: float, row_bytes: int, received: float | None = None
-    ) -> Collective:
-        """A collective; without `received`, each rank receives as many rows as it sends."""
-        link: Link = getattr(self.calibration, kind.value)
-        bytes_sent = rows * row_bytes
-        bytes_received = bytes_sent if received is None else received * row_bytes
-        seconds = link.latency + max(bytes_sent, bytes_received) / link.bandwidth
-        return Collective(step, kind, axis, rows, bytes_sent, bytes_received, seconds)
+
+def _exchange(subject: Subject, dispatch: Dispatch) -> list[Collective]:
+    """The collectives of ALL2ALL and MC2."""
+    layer, topology, kind = subject.layer, subject.topology, CollectiveKind.ALL_TO_ALL
+    rows, peers = rows_per_rank(subject.num_tokens, topology.tp), topology.ep - 1
+    packed, result = payload_bytes(layer) + _route_bytes(layer), result_bytes(layer)
+    collectives = []
+    if peers and dispatch is Dispatch.ALL_TO_ALL:
+        there, back = subject.copies
+        collectives.append(_collective(subject, "counts", kind, "EP", peers, COUNT_BYTES))
+        collectives.append(_collective(subject, "dispatch", kind, "EP", max(there), packed, max(back)))
+        collectives.append(_collective(subject, "combine", kind, "EP", max(back), result, max(there)))
+    elif peers:  # a fixed capacity: the rows of a rank, to each other rank
+        collectives.append(_collective(subject, "dispatch", kind, "EP", peers * rows, packed))
+        collectives.append(_collective(subject, "combine", kind, "EP", peers * rows, result))
+    if topology.tp > 1 and not subject.tokens_are_sharded:
+        chunks = (topology.tp - 1) * rows
+        collectives.append(_collective(subject, "finalize", CollectiveKind.ALL_GATHER, "TP", chunks, result))
+    return collectives
+
+
+COSTS: dict[Strategy, Callable[[Subject, Dispatch], list[Collective]]] = {
+    Strategy.ALLGATHER: _gather,
+    Strategy.MC2: _exchange,
+    Strategy.ALL2ALL: _exchange,
+}
+"""What each strategy sends by a kind of dispatch, in order."""
+
+FORMS = tuple(
+    sorted(
+        ((strategy, dispatch) for strategy in COSTS for dispatch in STRATEGIES[strategy].dispatches),
+        key=lambda form: STRATEGIES[form[0]].dispatches.index(form[1]),
+    )
+)
+"""What `moe_stage` accepts, each strategy with its own dispatch first; of forms that cost the same the first is chosen."""
+
+
+def _form_cost(subject: Subject, strategy: Strategy, dispatch: Dispatch) -> FormCost:
+    collectives = COSTS[strategy](subject, dispatch)
+    bytes_sent = sum(one.bytes_sent for one in collectives)
+    if dispatch is Dispatch.ALL_TO_ALL and collectives:
+        bytes_sent -= _excess(subject, collectives)
+    return FormCost(strategy, dispatch, tuple(collectives), bytes_sent, sum(one.seconds for one in collectives))
+
+
+def _excess(subject: Subject, collectives: Sequence[Collective]) -> float:
+    """Bytes counted too much: the rank that sends most on the way there may send less on the way back."""
+    packed, result = payload_bytes(subject.layer) + _route_bytes(subject.layer), result_bytes(subject.layer)
+    each = zip(*subject.copies, strict=True)
+    most = max(sent * packed + received * result for sent, received in each)
+    return sum(one.bytes_sent for one in collectives if one.step in ("dispatch", "combine")) - most
+
+
+def _collective(
+    subject: Subject,
+    step: str,
+    kind: CollectiveKind,
+    axis: str,
+    rows: float,
+    row_bytes: int,
+    rows_received: float | None = None,
+) -> Collective:
+    """A collective; without `rows_received`, each rank receives as many rows as it sends."""
+    link: Link = getattr(subject.calibration, kind.value)
+    bytes_sent = rows * row_bytes
+    bytes_received = bytes_sent if rows_received is None else rows_received * row_bytes
+    seconds = link.latency + max(bytes_sent, bytes_received) / link.bandwidth
+    return Collective(step, kind, axis, rows, bytes_sent, bytes_received, seconds)

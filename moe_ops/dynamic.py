@@ -1,7 +1,6 @@
 """One graph for every token count: how token axes and token counts are shown to a compiler."""
 
 import torch
-from torch._dynamo.decorators import mark_unbacked
 
 
 def mark_token_axes(*tensors: torch.Tensor) -> None:
@@ -11,7 +10,14 @@ def mark_token_axes(*tensors: torch.Tensor) -> None:
     0 and for 1; this one never does. The sizes of two tensors may differ, unless an op demands that they are equal.
 
     Source: ``torch._dynamo.decorators.mark_unbacked``.
+
+    Example::
+
+        mo.mark_token_axes(hidden_states, router_logits)
+        y = compiled_layer(hidden_states, router_logits)
     """
+    from torch._dynamo.decorators import mark_unbacked  # two seconds that eager code does without
+
     for tensor in tensors:
         mark_unbacked(tensor, 0)
 
@@ -19,8 +25,12 @@ def mark_token_axes(*tensors: torch.Tensor) -> None:
 def token_count(num_tokens: int) -> torch.Tensor:
     """A tensor ``[num_tokens, 0]`` that carries a token count, in its shape, into a compiled function.
 
-    ``torch.compile`` makes a constant of an integer argument that is 0 or 1; the size of a marked axis stays a variable. Read
-    it inside as ``count.shape[0]``, for instance for `max_tokens_across_dp`. It holds no bytes.
+    ``torch.compile`` makes a constant of an integer argument that is 0 or 1; the size of a marked axis stays a variable. It
+    holds no bytes.
+
+    Example::
+
+        y = compiled_layer(x, mo.token_count(5))  # inside the layer: mo.Lengths(longest=count.shape[0])
     """
     if num_tokens < 0:
         raise ValueError(f"token_count: num_tokens must not be negative, got {num_tokens}")

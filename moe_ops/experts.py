@@ -1,7 +1,5 @@
 """The experts: a gated MLP for each group of rows. R rows, E experts of this rank, H hidden, I intermediate, N outputs."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,22 +7,21 @@ import torch.nn.functional as F
 
 from fake_impls import experts as shapes
 from fake_impls.checks import FLOATS, check_dtype
-from moe_ops._library import add_kernel, define, no_gradient
-from moe_ops.backends import npu
-from moe_ops.quantize import dequantize_activations, dequantize_weights, quantize_activations
+from moe_ops._library import add_kernel, define, no_gradient, refuse_forward_mode
+from moe_ops.activations import activation_named
+from moe_ops.backends import activation_for, experts_for, product_for
+from moe_ops.quantize import dequantize_activations, quantize_activations
+from moe_ops.quantized_weights import dequantize_weights
 from moe_ops.types import ExpertWeights, Quant, WeightLayout
 
 ALIGNMENT = 16  # bytes; F.grouped_mm rejects rows that are no multiple of it
-VECTOR = 32  # elements; a multiple of what one step of a vector loop takes
-SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # of GPT-OSS
 
 
 def _grouped_linear(
     rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    shapes.check_grouped_linear(rows, counts, weight, bias)
     ends_E = counts.cumsum(0, dtype=torch.int32)
-    outputs = weight.shape[1]
+    outputs, weight = weight.shape[1], weight.to(rows.dtype)
     result_RN = F.grouped_mm(_dense(_align(rows, 1)), _operand(weight), offs=ends_E)[:, :outputs]
     row_R = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
     if bias is not None:
@@ -39,10 +36,12 @@ def _grouped_linear_on_host(
     rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """On a CPU the counts can be read for nothing, and rows past the last group be left out."""
-    shapes.check_grouped_linear(rows, counts, weight, bias)
     num_rows, outputs, used = rows.shape[0], weight.shape[1], int(counts.sum())
-    ends_E = counts.cumsum(0, dtype=torch.int32)
-    result_UN = F.grouped_mm(_dense(_align(rows[:used], 1)), _operand(weight), offs=ends_E)
+    if weight.dtype is rows.dtype:
+        ends_E = counts.cumsum(0, dtype=torch.int32)
+        result_UN = F.grouped_mm(_dense(_align(rows[:used], 1)), _operand(weight), offs=ends_E)
+    else:
+        result_UN = _widening_linear(rows[:used], counts, weight)
     if bias is not None:
         result_UN[:, :outputs] += bias.repeat_interleave(counts, dim=0)
     if result_UN.shape == (num_rows, outputs):
@@ -53,8 +52,20 @@ def _grouped_linear_on_host(
     return result_RN
 
 
+def _widening_linear(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """With weights of a narrower dtype: only those of experts that have rows are cast, one expert at a time."""
+    result_UN = rows.new_empty(rows.shape[0], weight.shape[1])
+    start = 0
+    for weight_NH, count in zip(weight, counts.tolist(), strict=True):
+        if count:
+            end = start + count
+            torch.mm(rows[start:end], weight_NH.to(rows.dtype).t(), out=result_UN[start:end])
+            start = end
+    return result_UN
+
+
 def _grouped_outer(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    shape = shapes.grouped_outer(a, b, counts).shape
+    shape = counts.shape[0], a.shape[1], b.shape[1]
     if not a.shape[0]:
         return a.new_zeros(shape)
     ends_E = counts.cumsum(0, dtype=torch.int32)
@@ -75,7 +86,6 @@ def _grouped_outer_on_host(a: torch.Tensor, b: torch.Tensor, counts: torch.Tenso
 
 
 def _sum_groups(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    shapes.sum_groups(x, counts)
     row_R = torch.arange(x.shape[0], device=x.device)
     expert_R = torch.searchsorted(counts.cumsum(0), row_R, right=True)  # past the last group: one more
     total_EN = x.new_zeros(counts.shape[0] + 1, x.shape[1], dtype=torch.float32)
@@ -109,7 +119,7 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
     return (
         grouped_linear(grad, counts, weight.transpose(1, 2), None) if needs_rows else None,
         None,
-        grouped_outer(grad, rows, counts) if needs_weight else None,
+        grouped_outer(grad, rows, counts).to(weight.dtype) if needs_weight else None,
         sum_groups(grad, counts) if needs_bias else None,
     )
 
@@ -119,6 +129,7 @@ grouped_linear = define(
     "grouped_linear(Tensor rows, Tensor counts, Tensor weight, Tensor? bias) -> Tensor",
     kernel=_grouped_linear,
     fake=shapes.grouped_linear,
+    check=shapes.check_grouped_linear,
     backward=_linear_backward,
     setup_context=_keep_operands,
 )
@@ -127,6 +138,7 @@ grouped_outer = define(
     "grouped_outer(Tensor a, Tensor b, Tensor counts) -> Tensor",
     kernel=_grouped_outer,
     fake=shapes.grouped_outer,
+    check=shapes.check_grouped_outer,
     backward=no_gradient,
 )
 add_kernel("grouped_outer", _grouped_outer_on_host, "CPU")
@@ -134,38 +146,19 @@ sum_groups = define(
     "sum_groups(Tensor x, Tensor counts) -> Tensor",
     kernel=_sum_groups,
     fake=shapes.sum_groups,
+    check=shapes.check_sum_groups,
     backward=no_gradient,
 )
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """``[R, 2 * I] -> [R, I]``: the gate's activation times up.
-
-    Sources: SwiGLU and GEGLU, `arXiv:2002.05202 <https://arxiv.org/abs/2002.05202>`_, equations 5 and 6; ``"swigluoai"``, the
-    clamped form of GPT-OSS with gate and up in turn: ``GptOssExperts`` of Transformers.
-    """
-    if activation not in shapes.ACTIVATIONS:
-        raise ValueError(f"experts: activation must be one of {shapes.ACTIVATIONS}, got {activation!r}")
-    if activation == "silu" and npu.is_on_npu(x):
-        return npu.swiglu(x)
-    if activation == "swigluoai":
-        gate, up = x[:, ::2].clamp(max=SWIGLU_LIMIT), x[:, 1::2].clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-        return gate * _each(torch.sigmoid, gate * SWIGLU_ALPHA) * (up + 1)
-    gate, up = x.chunk(2, dim=1)
-    if activation == "silu":
-        return _each(F.silu, gate) * up
-    return _each(partial(F.gelu, approximate="tanh" if activation == "gelu_tanh" else "none"), gate) * up
-
-
-def _each(function: Callable[[torch.Tensor], torch.Tensor], x_RI: torch.Tensor) -> torch.Tensor:
-    """A function of each element, of which none depends on where it stands.
-
-    torch's vector loops leave the last few elements to scalar code that rounds in another way, so that a row's values would
-    depend on how many rows there are.
-    """
-    missing = -x_RI.shape[1] % VECTOR if x_RI.device.type == "cpu" else 0
-    padded = F.pad(x_RI, (0, missing)) if missing else x_RI.contiguous()
-    return function(padded)[:, : x_RI.shape[1]]
+    """``[R, 2 * I] -> [R, I]``: the gate's activation times up, by the table of `moe_ops.activations`."""
+    row = activation_named(activation)
+    fused = activation_for(x, row)
+    if fused is not None:
+        return fused(x)
+    gate, up = (x[:, ::2], x[:, 1::2]) if row.alternates else x.chunk(2, dim=1)
+    return row.function(gate, up)
 
 
 def run_experts(
@@ -176,6 +169,7 @@ def run_experts(
     scale: torch.Tensor | None = None,
     quant: Quant = Quant.NONE,
     dtype: torch.dtype | None = None,
+    is_summand: bool = False,
 ) -> torch.Tensor:
     """``w2 @ activation(w13 @ x)`` of each row, with the weights of its group's expert.
 
@@ -192,40 +186,49 @@ def run_experts(
         scale: scales of `rows`, if they are quantised.
         quant: what is done to activations.
         dtype: of the result; None: that of `rows`. Needed with `scale`.
+        is_summand: whether the results are to be weighed and summed. Then what would be float16 is float32: a summand may be
+            beyond float16 where the sum is not.
 
     Returns:
-        ``[R, H]``; rows past the last group hold nothing to rely on: zero from the portable kernels, anything from an NPU's.
+        ``[R, H]``; do not rely on what rows past the last group hold.
 
     Raises:
-        ValueError: shapes do not fit each other, or the weights are packed.
+        ValueError: shapes do not fit each other, or no kernel reads the weights as they are packed.
         TypeError: a dtype is not supported, or differs from that of the rows.
 
     On a CUDA device, ``F.grouped_mm`` has a kernel for bfloat16; for other dtypes torch reads the groups on the host.
+
+    Example: two rows for the first expert, one for the third::
+
+        y = run_experts(rows, torch.tensor([2, 0, 1]), experts)
     """
+    refuse_forward_mode("experts", (rows, experts))
     if scale is not None and (dtype is None or quant is Quant.NONE):
         raise ValueError(f"experts: dtype and quant must be given for quantised rows, got {dtype} and {quant}")
     dtype = rows.dtype if dtype is None else dtype
-    if npu.is_on_npu(rows) and npu.can_run_quantized_experts(experts, quant, dtype):
+    result_dtype = shapes.sum_dtype(dtype) if is_summand else dtype
+    run = experts_for(experts, rows, quant, dtype)
+    if run is not None:
         quantized = quantize_activations(rows, quant=quant) if scale is None else (rows, scale)
-        return npu.run_quantized_experts(*quantized, counts, experts, dtype)
-    if experts.layout is WeightLayout.NPU and quant is Quant.NONE and experts.w13_scale is None:
-        inner = activate(npu.grouped_linear(rows, counts, experts.w13, experts.w13_bias), experts.activation)
-        return npu.grouped_linear(inner, counts, experts.w2, experts.w2_bias)
-    if experts.layout is not WeightLayout.PLAIN:
-        raise ValueError(f"experts: experts must have WeightLayout.PLAIN with {quant}, got {experts.layout}")
-    shapes.check_experts(counts, experts.w13, experts.w2)
-    hidden_size = experts.w2.shape[1]
+        return run(*quantized, counts, experts, dtype).to(result_dtype)
     is_quantized = quant is not Quant.NONE or experts.w13_scale is not None or experts.w2_scale is not None
+    product = grouped_linear if experts.layout is WeightLayout.PLAIN else product_for(experts)
+    if product is None or (is_quantized and experts.layout is not WeightLayout.PLAIN):
+        raise ValueError(f"experts: experts must have WeightLayout.PLAIN with {quant}, got {experts.layout}")
+    if experts.layout is WeightLayout.PLAIN:
+        shapes.check_experts(counts, experts.w13, experts.w2)
+    hidden_size = experts.w2.shape[1]
+    dtypes_13, dtypes_2 = (FLOATS, FLOATS) if is_quantized else ((rows.dtype, torch.float32), (experts.w13.dtype,))
     is_float32 = is_quantized or experts.w13.dtype is torch.float32
     x = _values(rows, scale, quant, hidden_size)
-    w13 = _weight("w13", experts.w13, experts.w13_scale, hidden_size, is_quantized)
+    w13 = _weight("w13", experts.w13, experts.w13_scale, hidden_size, dtypes_13, is_float32)
     x = x.to(torch.float32) if is_float32 else x
-    inner = activate(grouped_linear(x, counts, w13, _bias(experts.w13_bias, is_float32)), experts.activation)
-    w2 = _weight("w2", experts.w2, experts.w2_scale, inner.shape[1], is_quantized)
+    inner = activate(product(x, counts, w13, _bias(experts.w13_bias, is_float32)), experts.activation)
+    w2 = _weight("w2", experts.w2, experts.w2_scale, inner.shape[1], dtypes_2, is_float32)
     inner = _values(inner, None, quant, inner.shape[1])
-    output = grouped_linear(inner, counts, w2, _bias(experts.w2_bias, is_float32))
-    result: torch.Tensor = output.to(dtype)
-    return result
+    if inner.dtype is not result_dtype and inner.dtype is torch.float16 and product is grouped_linear:
+        inner, is_float32 = inner.to(torch.float32), True
+    return product(inner, counts, w2, _bias(experts.w2_bias, is_float32)).to(result_dtype)
 
 
 def _values(x: torch.Tensor, scale: torch.Tensor | None, quant: Quant, width: int) -> torch.Tensor:
@@ -238,12 +241,17 @@ def _values(x: torch.Tensor, scale: torch.Tensor | None, quant: Quant, width: in
 
 
 def _weight(
-    name: str, weight: torch.Tensor, scale: torch.Tensor | None, num_inputs: int, is_quantized: bool
+    name: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    num_inputs: int,
+    dtypes: tuple[torch.dtype, ...],
+    is_float32: bool,
 ) -> torch.Tensor:
     if scale is not None:
         return dequantize_weights(weight, scale, num_inputs=num_inputs)
-    check_dtype("experts", f"{name} without {name}_scale", weight, FLOATS)
-    return weight.to(torch.float32) if is_quantized else weight
+    check_dtype("experts", f"{name} without {name}_scale", weight, dtypes)
+    return weight.to(torch.float32) if is_float32 else weight
 
 
 def _bias(bias: torch.Tensor | None, is_float32: bool) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
@@ -35,7 +34,11 @@ class Group(NamedTuple):
 
 
 class ParallelGroups(NamedTuple):
-    """The axes that a stage spans. EP covers DP x PCP x TP of one pipeline stage; absent axes are single."""
+    """The axes that a stage spans; those that are absent are single.
+
+    EP covers DP x PCP x TP of one pipeline stage. It may also be the DP group, or the TP group, itself: then every rank of
+    the other axes holds the same experts.
+    """
 
     tp: Group = Group.single()
     dp: Group = Group.single()
@@ -51,7 +54,12 @@ class ParallelGroups(NamedTuple):
         ep: dist.ProcessGroup | None = None,
         pcp: dist.ProcessGroup | None = None,
     ) -> "ParallelGroups":
-        """Read names, sizes and ranks off process groups, once; None is an absent axis."""
+        """Read names, sizes and ranks off process groups, once; None is an absent axis.
+
+        Example::
+
+            groups = mo.ParallelGroups.from_process_groups(dp=dist.group.WORLD, ep=dist.group.WORLD)
+        """
         return cls(
             tp=Group.from_process_group(tp),
             dp=Group.from_process_group(dp),
@@ -67,6 +75,11 @@ class ParallelGroups(NamedTuple):
 
         Raises:
             ValueError: the mesh has none of the dimensions, or has them in another order.
+
+        Example::
+
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+            groups = mo.ParallelGroups.from_device_mesh(mesh)
         """
         names = mesh.mesh_dim_names or ()
         axes = [name for name in names if name in AXES]
@@ -78,7 +91,6 @@ class ParallelGroups(NamedTuple):
         return cls.from_process_groups(ep=ep, **{name: mesh.get_group(name) for name in axes})
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo need not look into it
 def check_group(op: str, axis: str, name: str, size: int, rank: int = 0) -> None:
     """Raise unless `name` is an initialised process group of `size` ranks, of which `rank` is one.
 
@@ -96,3 +108,7 @@ def check_group(op: str, axis: str, name: str, size: int, rank: int = 0) -> None
         raise ValueError(f"{op}: {axis} group {name!r} must have size {actual}, that of its process group, got {size}")
     if isinstance(rank, int) and not 0 <= rank < size:  # a simulation of several ranks has no single one
         raise ValueError(f"{op}: {axis} rank must be in [0, {size}), got {rank}")
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole compiler (2 seconds): Dynamo need not look into it.
+check_group._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -40,6 +40,11 @@ def measure_load(topk_ids: torch.Tensor, *, num_experts: int, ep_size: int) -> E
         topk_ids: int ``[T, K]``, of all ranks; -1 counts nowhere.
         num_experts: E, a multiple of `ep_size`; with redundant experts, the number of slots.
         ep_size: W; rank `r` has the `r`-th run of E / W experts.
+
+    Example::
+
+        out = mo.run_stage(x, router_logits, experts, routing, layout)
+        load = measure_load(out.topk_ids, num_experts=128, ep_size=8)
     """
     _check("measure_load", num_experts, ep_size)
     load = count_expert_load(topk_ids, num_experts=num_experts)
@@ -53,6 +58,10 @@ def count_copies(topk_ids: Sequence[torch.Tensor] | torch.Tensor, *, num_experts
     Args:
         topk_ids: int ``[N, K]`` of each of the W ranks of EP, or ``[W, N, K]``; -1 goes nowhere.
         num_experts: E, a multiple of W; with redundant experts, the number of slots.
+
+    Example: what `select_strategy` takes::
+
+        copies = count_copies(ids_of_ranks, num_experts=128)
     """
     ep_size = len(topk_ids)
     _check("count_copies", num_experts, ep_size)
@@ -68,6 +77,10 @@ def draw_topk_ids(
 
     The expert that is the `i`-th most popular is drawn with a weight of ``i ** -exponent`` (Zipf's law; 0: all alike). Which
     experts are popular is drawn, too.
+
+    Example::
+
+        ids = draw_topk_ids(4096, num_experts=128, top_k=8, exponent=0.5)
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"draw_topk_ids: top_k must be in [1, num_experts = {num_experts}], got {top_k}")

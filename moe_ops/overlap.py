@@ -1,85 +1,105 @@
 """Computing while rows travel: one stream of work waits for its collective while another computes.
 
-A stream is a generator that yields a `Transfer` wherever it needs the result of a collective, and at its end its own result, as
-a `Result`. (Dynamo of torch 2.13 loses what a generator returns.) Generators hold what lies between two collectives in local
-variables, and compilers trace them into one graph, in which the order of the nodes is that of the calls.
+A stream is a generator. Where it needs the result of a collective it yields a `Transfer`, and gets back what arrived and what
+was computed meanwhile; last of all it yields its own result:
+
+    def steps(x):
+        rows, local = yield Transfer(partial(gather, x), partial(run_shared_experts, x))
+        ...
+        yield Result(y)
+
+Generators hold what lies between two collectives in local variables, and compilers trace them into one graph, in which the
+order of the nodes is that of the calls. A stream is flat: Dynamo (torch 2.13) loses values that pass through ``yield from``.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator
-from functools import wraps
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from types import GeneratorType
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-Arrived = TypeVar("Arrived")
-Computed = TypeVar("Computed")
+from moe_ops._library import Wait
+
 Value = TypeVar("Value")
-Parameters = ParamSpec("Parameters")
-Finish: TypeAlias = Callable[[], Arrived]
-"""Waits for a collective that was issued, and returns what arrived."""
 
 
-class Transfer(Generic[Arrived, Computed]):
+class Transfer(NamedTuple):
     """A collective that is still to be issued.
 
     Attributes:
-        arrived: what it brought, once the stream that yielded it goes on.
-        computed: what was computed while it was in flight, likewise.
+        start: issues it, and returns what waits for it.
+        meanwhile: computes what the stream has to do that does not need what arrives.
     """
 
-    arrived: Arrived
-    computed: Computed
-
-    def __init__(self, start: Callable[[], Finish[Arrived]], meanwhile: Callable[[], Computed] | None = None) -> None:
-        """`start` issues the collective; `meanwhile` computes what the stream has to do that does not need it."""
-        self._start, self._meanwhile = start, meanwhile
-
-    def start(self) -> None:
-        """Issue the collective."""
-        self._finish = self._start()
-        if self._meanwhile is not None:
-            self.computed = self._meanwhile()
-
-    def finish(self) -> None:
-        """Wait for it."""
-        self.arrived = self._finish()
+    start: Callable[[], Wait[Any]]
+    meanwhile: Callable[[], Any] | None = None
 
 
-class Result(Generic[Value]):
-    """What a stream has made; it yields nothing after it."""
+class Result(NamedTuple, Generic[Value]):
+    """What a stream has made. It yields nothing after it."""
 
-    def __init__(self, value: Value) -> None:
-        self.value = value
+    value: Value
 
 
-Steps: TypeAlias = Generator[Transfer[Any, Any] | Result[Value], None, None]
+Steps: TypeAlias = Generator[Transfer | Result[Value], Any, None]
 """A stream of work."""
 
 
+class _InFlight(NamedTuple):
+    """A collective that was issued, and the stream that waits for it."""
+
+    number: int
+    stream: Steps[Any]
+    wait: Wait[Any]
+    computed: Any
+
+
+def run_stream(stream: Steps[Value]) -> Value:
+    """Run one stream by itself."""
+    step = next(stream)
+    while not isinstance(step, Result):
+        wait = step.start()
+        computed = None if step.meanwhile is None else step.meanwhile()
+        step = stream.send((wait(), computed))
+    value: Value = step.value
+    return value
+
+
 def interleave(*streams: Steps[Value]) -> list[Value]:
-    """Run streams so that while the collective of one is in flight, the next computes; their results.
+    """Run streams so that while the collective of one is in flight, the next computes.
 
-    Two halves of a batch, for example, each ``moe_stage_steps(...)``: the rows of one travel while the experts of the other
-    compute. No value changes: each stream computes what it computes alone. All ranks pass streams that communicate alike, in
-    the same order.
+    No value changes: each stream computes what it computes alone. All ranks pass streams that communicate alike, in the same
+    order. Only one collective is in flight at a time: torch's functional collectives on gloo do not work with two. (Inductor
+    may issue the next before it waits for the last.)
 
-    No two collectives are in flight at once: gloo, and torch's functional collectives on it, do not stand that. (Inductor may
-    issue the next before it waits for the last.)
+    Args:
+        streams: generators such as ``moe_stage_steps(...)`` returns.
+
+    Returns:
+        The result of each stream, in their order.
 
     Raises:
-        TypeError: a stream is not one.
+        TypeError: a stream is not a generator.
         RuntimeError: a stream ended without a result, or was run before.
+
+    Example: two halves of a batch, of which the rows of one travel while the experts of the other compute::
+
+        first, second = mo.interleave(
+            mo.moe_stage_steps(x1, logits1, experts, routing, layout),
+            mo.moe_stage_steps(x2, logits2, experts, routing, layout),
+        )
     """
+    for stream in streams:
+        if not isinstance(stream, GeneratorType):
+            raise TypeError(f"interleave: streams must be generators, got {type(stream).__name__}")
     results: dict[int, Value] = {}
-    waiting = deque(enumerate(streams))
-    in_flight: tuple[int, Steps[Value], Transfer[Any, Any]] | None = None
-    while waiting or in_flight is not None:
-        transfer: Transfer[Any, Any] | None = None
-        if waiting:
-            index, stream = waiting.popleft()
+    ready: deque[tuple[int, Steps[Value], Any]] = deque((index, stream, None) for index, stream in enumerate(streams))
+    in_flight: _InFlight | None = None
+    while ready or in_flight is not None:
+        transfer: Transfer | None = None
+        if ready:
+            index, stream, arrived = ready.popleft()
             try:
-                step = next(stream)
-            except TypeError:
-                raise TypeError(f"interleave: streams must be generators, got {type(stream).__name__}") from None
+                step = stream.send(arrived)
             except StopIteration:
                 raise RuntimeError(
                     "interleave: streams must end with a Result, and be run once, got one that ended"
@@ -89,21 +109,10 @@ def interleave(*streams: Steps[Value]) -> list[Value]:
                 continue
             transfer = step
         if in_flight is not None:
-            in_flight[2].finish()
-            waiting.append(in_flight[:2])
+            ready.append((in_flight.number, in_flight.stream, (in_flight.wait(), in_flight.computed)))
             in_flight = None
         if transfer is not None:
-            transfer.start()
-            in_flight = index, stream, transfer
+            wait = transfer.start()
+            computed = None if transfer.meanwhile is None else transfer.meanwhile()
+            in_flight = _InFlight(index, stream, wait, computed)
     return [results[index] for index in range(len(streams))]
-
-
-def at_once(steps: Callable[Parameters, Steps[Value]], name: str) -> Callable[Parameters, Value]:
-    """The function `name` that runs such a stream by itself."""
-
-    @wraps(steps)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Value:
-        return interleave(steps(*args, **kwargs))[0]
-
-    run.__name__ = run.__qualname__ = name
-    return run

@@ -19,21 +19,21 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls import quantize as shapes
-from fake_impls.checks import FLOATS, check_choice, check_dim, check_dtype
+from fake_impls.checks import check_choice, check_dtype
 from fake_impls.layout import ceil_div
 from fake_impls.quantize import BLOCK
-from moe_ops._library import cast, define, needs_gradient, no_gradient
+from moe_ops._library import cast, define, needs_gradient, no_gradient, refuse_forward_mode
 from moe_ops.types import Quant
 
-INT8_MAX, INT4_MAX = 127, 7
+INT8_MAX = 127
 E4M3_MAX, E4M3_EMAX = 448.0, 8
 E2M1_MAX, E2M1_EMAX = 6.0, 2
 E8M0_BIAS, E8M0_NAN = 127, 255
 MANTISSA_BITS = 23  # of float32
+FP4 = (torch.uint8, torch.float4_e2m1fn_x2)
 
 
 def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes.check_input(x)
     x_TH = x.to(torch.float32)
     amax_T = x_TH.abs().amax(dim=1) if x.shape[1] else x_TH.new_zeros(x.shape[0])
     scale_T = torch.where(amax_T < torch.inf, amax_T / INT8_MAX, torch.nan)  # NaN is not below, either
@@ -43,7 +43,6 @@ def _quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _dequantize_int8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    shapes.dequantize_int8(quantized, scale, dtype)
     return cast(quantized.to(torch.float32) * scale.unsqueeze(1), dtype)
 
 
@@ -69,19 +68,16 @@ def _times_scales(elements_TH: torch.Tensor, scale_TB: torch.Tensor) -> torch.Te
 
 
 def _quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes.check_input(x)
     scaled_TH, scale_TB = _scale_blocks(x, E4M3_EMAX)
     # To nearest even; not every device saturates.
     return cast(scaled_TH.clamp(-E4M3_MAX, E4M3_MAX), torch.float8_e4m3fn), scale_TB
 
 
 def _dequantize_mxfp8(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    shapes.dequantize_mxfp8(quantized, scale, dtype)
     return cast(_times_scales(quantized.view(torch.float8_e4m3fn).to(torch.float32), scale), dtype)
 
 
 def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes.check_input(x)
     scaled_TH, scale_TB = _scale_blocks(x, E2M1_EMAX)
     magnitude_TH = scaled_TH.abs().clamp(max=E2M1_MAX)
     # Codes 0 to 7 go in steps of 0.5 below 2, of 1 below 4 and of 2 from there; round() takes ties to even codes.
@@ -89,13 +85,12 @@ def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     code_TH = torch.where(magnitude_TH < 2, (magnitude_TH * 2).round(), coarse_TH).to(torch.uint8)
     code_TH = code_TH | (scaled_TH.signbit().to(torch.uint8) << 3)
     low_TP, high_TP = F.pad(code_TH, (0, x.shape[1] % 2)).unflatten(1, (ceil_div(x.shape[1], 2), 2)).unbind(2)
-    return cast(low_TP | (high_TP << 4), torch.uint8).view(torch.float4_e2m1fn_x2), scale_TB
+    return cast(low_TP | (high_TP << 4), torch.uint8), scale_TB
 
 
 def _dequantize_mxfp4(
     quantized: torch.Tensor, scale: torch.Tensor, hidden_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    shapes.dequantize_mxfp4(quantized, scale, hidden_size, dtype)
     code_TH = torch.stack((quantized & 0xF, quantized >> 4), dim=2).flatten(1)[:, :hidden_size]
     step_TH = code_TH & 7
     # 0, 0.5, 1, 1.5, 2, then 3, 4, 6: computed, since a table would have to be sent to the device.
@@ -108,35 +103,41 @@ quantize_int8 = define(
     "quantize_int8(Tensor x) -> (Tensor, Tensor)",
     kernel=_quantize_int8,
     fake=shapes.quantize_int8,
+    check=shapes.check_quantize,
     backward=no_gradient,
 )
 dequantize_int8 = define(
     "dequantize_int8(Tensor quantized, Tensor scale, ScalarType dtype) -> Tensor",
     kernel=_dequantize_int8,
     fake=shapes.dequantize_int8,
+    check=shapes.check_dequantize_int8,
     backward=no_gradient,
 )
 quantize_mxfp8 = define(
     "quantize_mxfp8(Tensor x) -> (Tensor, Tensor)",
     kernel=_quantize_mxfp8,
     fake=shapes.quantize_mxfp8,
+    check=shapes.check_quantize,
     backward=no_gradient,
 )
 dequantize_mxfp8 = define(
     "dequantize_mxfp8(Tensor quantized, Tensor scale, ScalarType dtype) -> Tensor",
     kernel=_dequantize_mxfp8,
     fake=shapes.dequantize_mxfp8,
+    check=shapes.check_dequantize_mxfp8,
 )
 quantize_mxfp4 = define(
     "quantize_mxfp4(Tensor x) -> (Tensor, Tensor)",
     kernel=_quantize_mxfp4,
     fake=shapes.quantize_mxfp4,
+    check=shapes.check_quantize,
     backward=no_gradient,
 )
 dequantize_mxfp4 = define(
     "dequantize_mxfp4(Tensor quantized, Tensor scale, int hidden_size, ScalarType dtype) -> Tensor",
     kernel=_dequantize_mxfp4,
     fake=shapes.dequantize_mxfp4,
+    check=shapes.check_dequantize_mxfp4,
 )
 
 _QUANTIZE: dict[Quant, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
@@ -154,7 +155,9 @@ def quantize_activations(hidden_states: torch.Tensor, *, quant: Quant) -> tuple[
     |---|---|---|---|
     | W8A8, W4A8 | int8 ``[T, H]`` | float32 ``[T]``: amax / 127 | H + 4 |
     | MXFP8 | float8_e4m3fn ``[T, H]`` | float8_e8m0fnu ``[T, ceil(H / 32)]`` | H + H / 32 |
-    | MXFP4 | float4_e2m1fn_x2 ``[T, ceil(H / 2)]``, the first of two in the low bits | likewise | H / 2 + H / 32 |
+    | MXFP4 | uint8 ``[T, ceil(H / 2)]``: two e2m1 elements, the first in the low bits | likewise | H / 2 + H / 32 |
+
+    (MXFP4 is uint8 because ``torch.export`` cannot serialise float4_e2m1fn_x2; ``.view(torch.float4_e2m1fn_x2)`` gives that.)
 
     Args:
         hidden_states: ``[T, H]`` float32, bfloat16 or float16; the arithmetic is float32.
@@ -167,13 +170,18 @@ def quantize_activations(hidden_states: torch.Tensor, *, quant: Quant) -> tuple[
 
     Source: OCP Microscaling Formats (MX) Specification v1.0; the module's docstring says how blocks that hold zeros, infinities
     or NaN are quantised.
+
+    Example::
+
+        quantized, scale = mo.quantize_activations(x, quant=mo.Quant.W8A8)
     """
+    refuse_forward_mode("quantize_activations", (hidden_states,))
     if needs_gradient([hidden_states]):
         raise RuntimeError(
             "quantize_activations: hidden_states must not require a gradient, for quantised values have none: "
             "use torch.no_grad(), or Quant.NONE"
         )
-    quantized, scale = _QUANTIZE[_format("quantize_activations", quant)](hidden_states)
+    quantized, scale = _QUANTIZE[check_format("quantize_activations", quant)](hidden_states)
     return quantized, scale
 
 
@@ -188,7 +196,7 @@ def dequantize_activations(
     """The values that `quantize_activations` has made of each row, ``[T, H]`` of `dtype`.
 
     Args:
-        quantized: the elements.
+        quantized: the elements; of MXFP4 also as float4_e2m1fn_x2.
         scale: their scales.
         quant: their format; not ``Quant.NONE``.
         dtype: float32, bfloat16 or float16.
@@ -197,14 +205,19 @@ def dequantize_activations(
     Raises:
         ValueError: shapes do not fit each other, or `quant` is ``Quant.NONE``.
         TypeError: a dtype is not that of the format.
+
+    Example::
+
+        quantized, scale = mo.quantize_activations(x, quant=mo.Quant.W8A8)
+        values = mo.dequantize_activations(quantized, scale, quant=mo.Quant.W8A8)  # x, to 1 part in 254 of a row's largest
     """
-    _format("dequantize_activations", quant)
+    check_format("dequantize_activations", quant)
     values: torch.Tensor
     if quant in (Quant.W8A8, Quant.W4A8):
         values = dequantize_int8(quantized, scale, dtype)
     else:
-        element_dtype = torch.float8_e4m3fn if quant is Quant.MXFP8 else torch.float4_e2m1fn_x2
-        check_dtype("dequantize_activations", "quantized", quantized, (element_dtype,))
+        element_dtypes = (torch.float8_e4m3fn,) if quant is Quant.MXFP8 else FP4
+        check_dtype("dequantize_activations", "quantized", quantized, element_dtypes)
         check_dtype("dequantize_activations", "scale", scale, (torch.float8_e8m0fnu,))
         # The ops take bytes: torch's checks of an op cannot compare arguments of these dtypes.
         as_bytes = quantized.view(torch.uint8), scale.view(torch.uint8)
@@ -218,60 +231,8 @@ def dequantize_activations(
     return values
 
 
-def quantize_weights(weight: torch.Tensor, *, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise the weights of experts along their inputs, for `ExpertWeights` and their scales.
-
-    | quant | elements | scale |
-    |---|---|---|
-    | W8A8 | int8 ``[E, N, K]`` | float32 ``[E, N]``, one a channel: amax / 127 |
-    | W4A8 | uint8 ``[E, N, ceil(K / 2)]``: two int4 (two's complement), the first in the low bits | likewise: amax / 7 |
-    | MXFP8, MXFP4 | as those of activations | as those of activations: a block of 32 inputs |
-
-    Args:
-        weight: ``[E, N, K]`` float32, bfloat16 or float16: N outputs, K inputs.
-        quant: the format; not ``Quant.NONE``.
-    """
-    _format("quantize_weights", quant)
-    check_dim("quantize_weights", "weight", weight, 3)
-    check_dtype("quantize_weights", "weight", weight, FLOATS)
-    flat = weight.flatten(0, 1)
-    if quant is Quant.W4A8:
-        step = flat.to(torch.float32).abs().amax(dim=1, keepdim=True) / INT4_MAX
-        rounded = torch.where(step > 0, (flat / step).round().clamp(-INT4_MAX, INT4_MAX), 0.0).to(torch.int8)
-        low, high = F.pad(rounded, (0, flat.shape[1] % 2)).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
-        quantized, scale = (low & 0xF) | (high << 4), step.squeeze(1)
-    else:
-        quantized, scale = quantize_activations(flat.detach(), quant=quant)
-    leading = weight.shape[:2]
-    return quantized.view(*leading, quantized.shape[1]), scale.view(*leading, *scale.shape[1:])
-
-
-def dequantize_weights(
-    weight: torch.Tensor, scale: torch.Tensor, *, num_inputs: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """The values of `quantize_weights`, ``[E, N, num_inputs]``; the dtype of `weight` says the format."""
-    check_dim("dequantize_weights", "weight", weight, 3)
-    if weight.dtype in (torch.int8, torch.uint8):
-        check_dtype("dequantize_weights", "scale", scale, (torch.float32,))
-        if scale.shape != weight.shape[:2]:
-            raise ValueError(f"dequantize_weights: scale must be {tuple(weight.shape[:2])}, got {tuple(scale.shape)}")
-        values = weight if weight.dtype is torch.int8 else _unpack_int4(weight)[..., :num_inputs]
-        return (values.to(torch.float32) * scale.unsqueeze(2)).to(dtype)
-    check_dtype("dequantize_weights", "weight", weight, (torch.float8_e4m3fn, torch.float4_e2m1fn_x2))
-    quant = Quant.MXFP8 if weight.dtype is torch.float8_e4m3fn else Quant.MXFP4
-    flat = dequantize_activations(
-        weight.flatten(0, 1), scale.flatten(0, 1), quant=quant, dtype=dtype, hidden_size=num_inputs
-    )
-    return flat.view(*weight.shape[:2], num_inputs)
-
-
-def _unpack_int4(pairs: torch.Tensor) -> torch.Tensor:
-    """``uint8 [..., P] -> int8 [..., 2 * P]``: sign-extended, the low bits first."""
-    codes = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(-2).to(torch.int8)
-    return torch.where(codes > INT4_MAX, codes - 16, codes)
-
-
-def _format(op: str, quant: Quant) -> Quant:
+def check_format(op: str, quant: Quant) -> Quant:
+    """Raise unless `quant` names a format; return it."""
     check_choice(op, "quant", quant, Quant)
     if quant is Quant.NONE:
         raise ValueError(f"{op}: quant must name a format, got {quant}")

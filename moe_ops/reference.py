@@ -1,35 +1,39 @@
-"""The stage on one process, plain and slow: the executable specification. It shares no code with the ops."""
+"""The stage on one process, plain and slow: the executable specification. It shares no code with the ops.
+
+It is differentiable: in hidden states, logits, experts, shared experts, and weights of a choice that is passed.
+"""
 
 import math
 
 import torch
+import torch.nn.functional as F
 
 from moe_ops.types import ExpertWeights, Routing, SharedExperts, WeightLayout
 
 
-def route(logits: torch.Tensor, routing: Routing, input_id: int | None = None) -> dict[int, float]:
-    """The experts of one token and their weights. Scores are float32: which of them tie is part of the specification."""
-    scores = _scores(logits.to(torch.float32), routing.scoring).tolist()
-    if routing.token_to_experts is not None and input_id is not None:
-        chosen = routing.token_to_experts[input_id].tolist() if input_id >= 0 else []
-    else:
-        chosen = _choose(scores, routing)
-    chosen = [expert for expert in chosen if expert >= 0]
-    total = math.fsum(scores[expert] for expert in chosen) + 1e-20
-    weights: dict[int, float] = {}
-    for expert in chosen:  # a hash table may choose one twice
-        weight = scores[expert] / total if routing.renormalize else scores[expert]
-        weights[expert] = weights.get(expert, 0.0) + weight * routing.routed_scaling_factor
-    return weights
+def route(logits: torch.Tensor, routing: Routing, chosen: list[int] | None = None) -> list[tuple[int, torch.Tensor]]:
+    """The experts of one token and their weights in float64; `chosen` are those that somebody else chose.
+
+    Scores are float32: which of them tie is part of the specification.
+    """
+    scores = _scores(logits.to(torch.float32), routing.scoring)
+    if chosen is None:
+        chosen = _choose(scores.tolist(), routing)
+    chosen = [expert for expert in chosen if 0 <= expert < routing.num_experts]
+    weights = scores.double()[chosen]
+    if routing.renormalize:
+        weights = weights / (weights.sum() + 1e-20)
+    return list(zip(chosen, weights * routing.routed_scaling_factor, strict=True))
 
 
 def _scores(logits: torch.Tensor, scoring: str) -> torch.Tensor:
+    """Of as many equal logits each, alone: no score depends on where it stands."""
     if scoring == "softmax":
         return torch.softmax(logits, dim=0)
     if scoring == "sigmoid":
-        return torch.sigmoid(logits)
+        return torch.stack([torch.sigmoid(logit.expand(32))[0] for logit in logits])
     if scoring == "sqrtsoftplus":
-        return torch.nn.functional.softplus(logits).sqrt()
+        return torch.stack([F.softplus(logit.expand(32))[0].sqrt() for logit in logits])
     raise ValueError(f"reference: scoring must be 'softmax', 'sigmoid' or 'sqrtsoftplus', got {scoring!r}")
 
 
@@ -63,56 +67,72 @@ def gated_mlp(
     gate, up = gated.chunk(2)
     if activation == "silu":
         return w2.double() @ (gate * torch.sigmoid(gate) * up)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return w2.double() @ (torch.nn.functional.gelu(gate, approximate=approximate) * up)
+    return w2.double() @ (F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up)
 
 
 def moe_stage(
     hidden_states: torch.Tensor,
-    router_logits: torch.Tensor,
+    router_logits: torch.Tensor | None,
     all_experts: ExpertWeights,
-    *,
     routing: Routing,
-    input_ids: torch.Tensor | None = None,
+    *,
+    topk_ids: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
     shared_experts: SharedExperts | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, in float64, one token and one expert at a time.
 
     Args:
         hidden_states: ``[T, H]``.
-        router_logits: ``[T, E]``.
+        router_logits: ``[T, E]``; None if `topk_weights` are given.
         all_experts: the weights of all E experts, not quantised and not packed.
         routing: how experts are chosen. Copies of experts make no difference here.
-        input_ids: int ``[T]``, for hash routing.
+        topk_ids: as in `moe_ops.moe_stage`.
+        topk_weights: likewise.
         shared_experts: all of their weights.
 
     Returns:
         ``[T, H]`` of the dtype of `hidden_states`.
 
     Raises:
-        ValueError: the experts are packed.
+        ValueError: the experts are packed, or arguments that make the choice are missing.
+
+    Example::
+
+        expected = mo.reference.moe_stage(x, x @ gate.T, mo.ExpertWeights(w13, w2), mo.Routing(top_k=2, num_experts=8))
     """
     if all_experts.layout is not WeightLayout.PLAIN:
         raise ValueError(f"reference: all_experts must have WeightLayout.PLAIN, got {all_experts.layout}")
-    output = torch.zeros(hidden_states.shape, dtype=torch.float64)
-    for token, logits in enumerate(router_logits):
-        x = hidden_states[token].double()
-        input_id = None if input_ids is None else int(input_ids[token])
-        if routing.select_experts is None:
-            chosen = list(route(logits, routing, input_id).items())
-        else:
-            row = slice(token, token + 1)
-            ids_of_row = None if input_ids is None else input_ids[row]
-            weights, ids = routing.select_experts(hidden_states[row], router_logits[row], ids_of_row)
-            chosen = [pair for pair in zip(ids[0].tolist(), weights[0].tolist(), strict=True) if pair[0] >= 0]
-        for expert, weight in chosen:
-            x_in, weight_out = (x * weight, 1.0) if routing.apply_router_weight_on_input else (x, weight)
-            b13 = None if all_experts.w13_bias is None else all_experts.w13_bias[expert]
-            y = gated_mlp(x_in, all_experts.w13[expert], all_experts.w2[expert], all_experts.activation, b13)
-            if all_experts.w2_bias is not None:
-                y = y + all_experts.w2_bias[expert].double()
-            output[token] += weight_out * y
+    if router_logits is None and topk_weights is None:
+        raise ValueError("reference: router_logits or topk_weights must be given, got neither")
+    if topk_weights is not None and topk_ids is None:
+        raise ValueError("reference: topk_ids must be given with topk_weights, got None")
+    rows = []
+    for token, row in enumerate(hidden_states):
+        x, y = row.double(), torch.zeros(row.shape, dtype=torch.float64)
+        ids = None if topk_ids is None else topk_ids[token].tolist()
+        if topk_weights is not None:
+            pairs = zip(ids or [], topk_weights[token].double(), strict=True)
+            choices = [(expert, weight) for expert, weight in pairs if 0 <= expert < routing.num_experts]
+        elif router_logits is not None:
+            choices = route(router_logits[token], routing, ids)
+        for expert, weight in choices:
+            y = y + _run_expert(x, weight, expert, all_experts, routing.apply_router_weight_on_input)
         if shared_experts is not None:
-            y = gated_mlp(x, shared_experts.w13, shared_experts.w2, shared_experts.activation)
-            output[token] += y if shared_experts.gate is None else torch.sigmoid(shared_experts.gate.double() @ x) * y
+            shared = gated_mlp(x, shared_experts.w13, shared_experts.w2, shared_experts.activation)
+            gate = shared_experts.gate
+            y = y + (shared if gate is None else torch.sigmoid(gate.double() @ x) * shared)
+        rows.append(y)
+    output = torch.stack(rows) if rows else hidden_states.double()
     return output.to(hidden_states.dtype)
+
+
+def _run_expert(
+    x: torch.Tensor, weight: torch.Tensor, expert: int, experts: ExpertWeights, weights_on_input: bool
+) -> torch.Tensor:
+    b13 = None if experts.w13_bias is None else experts.w13_bias[expert]
+    x = x * weight if weights_on_input else x
+    y = gated_mlp(x, experts.w13[expert], experts.w2[expert], experts.activation, b13)
+    if experts.w2_bias is not None:
+        y = y + experts.w2_bias[expert].double()
+    return y if weights_on_input else y * weight

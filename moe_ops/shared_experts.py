@@ -10,81 +10,96 @@
 T tokens, S rows of a shard, H hidden.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
 from fake_impls.checks import check_dim, check_dtype
-from fake_impls.layout import padded_rows
-from moe_ops.collectives import all_reduce, on_rank_zero
+from fake_impls.layout import largest, padded_rows
+from moe_ops._library import Wait
+from moe_ops.collectives import all_gather, chunk_rows, gather_rows, on_rank_zero, reduce_scatter, sum_over_ranks
+from moe_ops.elementwise import each
 from moe_ops.experts import activate
-from moe_ops.groups import ParallelGroups
-from moe_ops.strategies import all2all, allgather
-from moe_ops.types import Reduction, ShardState, SharedExperts
+from moe_ops.groups import ParallelGroups, check_group
+from moe_ops.lengths import known_longest, resolve_lengths, shards_of_tp
+from moe_ops.packing import expand_rows
+from moe_ops.types import Layout, Lengths, Reduction, SharedExperts
 
 
 def run_shared_experts(
-    hidden_states: torch.Tensor,
-    shared: SharedExperts,
-    *,
-    groups: ParallelGroups,
-    tokens_are_sharded: bool = False,
-    num_tokens_across_tp: Sequence[int] | None = None,
+    hidden_states: torch.Tensor, shared: SharedExperts, layout: Layout, lengths: Lengths = Lengths()
 ) -> tuple[torch.Tensor, Reduction]:
     """Run the shared experts on this rank's tokens; the table above says how.
 
     Args:
         hidden_states: ``[T, H]``: the tokens of the TP group, or this rank's shard of them.
         shared: the weights.
-        groups: the process groups, of which TP is used.
-        tokens_are_sharded: whether the tokens are a sequence-parallel shard.
-        num_tokens_across_tp: rows of each TP rank's shard; None: as many on all.
+        layout: as in `moe_stage`; of its groups TP is used.
+        lengths: needed for a shard with weights that are TP-sharded.
 
     Returns:
         ``[T, H]`` for the tokens given, and whether it is complete or one TP rank's summand.
 
     Raises:
-        ValueError, TypeError: a weight does not fit the tokens or the others.
+        ValueError, TypeError: a weight does not fit the tokens or the others, or lengths are needed and not said.
+
+    Example::
+
+        output, reduction = run_shared_experts(x, shared, layout)
     """
-    local = run_local_part(hidden_states, shared, groups=groups, tokens_are_sharded=tokens_are_sharded)
-    return _complete(local, hidden_states, shared, groups, tokens_are_sharded, num_tokens_across_tp)
+    lengths = resolve_lengths("shared_experts", hidden_states.shape[0], lengths, layout)
+    check_lengths(shared, layout, lengths)
+    return _complete(run_local_part(hidden_states, shared, layout), hidden_states, shared, layout, lengths)
 
 
-def run_local_part(
-    hidden_states: torch.Tensor, shared: SharedExperts, *, groups: ParallelGroups, tokens_are_sharded: bool
-) -> torch.Tensor | None:
+def check_lengths(shared: SharedExperts, layout: Layout, lengths: Lengths) -> None:
+    """Raise unless lengths say what is needed of other TP ranks."""
+    if _gathers_shards(shared, layout):
+        known_longest("shared_experts", lengths, "shared experts that are sharded over TP, on tokens that are")
+
+
+def _gathers_shards(shared: SharedExperts, layout: Layout) -> bool:
+    return layout.groups.tp.size > 1 and layout.tokens_are_sharded and shared.is_tp_sharded
+
+
+def run_local_part(hidden_states: torch.Tensor, shared: SharedExperts, layout: Layout) -> torch.Tensor | None:
     """What is computed before any collective, so that it can be while rows travel; None where a collective comes first."""
     _check(hidden_states, shared)
-    if groups.tp.size > 1 and not tokens_are_sharded and not shared.is_tp_sharded:
-        return _mlp(all2all.chunk(hidden_states, groups=groups), shared)
-    if groups.tp.size > 1 and tokens_are_sharded and shared.is_tp_sharded:
+    if _gathers_shards(shared, layout):
         return None
+    tp = layout.groups.tp
+    if tp.size > 1 and not layout.tokens_are_sharded and not shared.is_tp_sharded:
+        padded = padded_rows(hidden_states.shape[0], tp.size)
+        return _mlp(chunk_rows(hidden_states, padded, tp.size, tp.rank), shared)
     return _mlp(hidden_states, shared)
 
 
 def _complete(
-    local: torch.Tensor | None,
-    hidden_states: torch.Tensor,
-    shared: SharedExperts,
-    groups: ParallelGroups,
-    tokens_are_sharded: bool,
-    num_tokens_across_tp: Sequence[int] | None,
+    local: torch.Tensor | None, hidden_states: torch.Tensor, shared: SharedExperts, layout: Layout, lengths: Lengths
 ) -> tuple[torch.Tensor, Reduction]:
     """The rest of `run_shared_experts`."""
-    tp = groups.tp
+    tp, num_tokens = layout.groups.tp, hidden_states.shape[0]
     if local is None:
-        over_tp = ParallelGroups(tp=tp, ep=tp)
-        gathered, gathered_state = allgather.gather_over_ep([hidden_states], over_tp, num_tokens_across_tp)
-        summed = allgather.finalize(_mlp(gathered[0], shared), gathered_state, groups=over_tp, reduce_results=False)
-        return summed, Reduction.COMPLETE
-    if tp.size == 1 or tokens_are_sharded:
+        return _run_on_all_shards(hidden_states, shared, layout, lengths), Reduction.COMPLETE
+    if tp.size == 1 or layout.tokens_are_sharded:
         return local, Reduction.COMPLETE
     if shared.is_tp_sharded:
         return local, Reduction.PARTIAL_OVER_TP
-    num_tokens = hidden_states.shape[0]
-    state = ShardState(num_tokens, padded_rows(num_tokens, tp.size), tp.size)
-    return all2all.finalize(local, state, groups=groups), Reduction.COMPLETE
+    check_group("shared_experts", "tp", *tp)
+    return all_gather(local, tp.size, tp.name)().narrow(0, 0, num_tokens), Reduction.COMPLETE
+
+
+def _run_on_all_shards(
+    hidden_states: torch.Tensor, shared: SharedExperts, layout: Layout, lengths: Lengths
+) -> torch.Tensor:
+    """Gather the shards of the TP group, compute a part of the intermediate axis of each, and sum the parts of this one."""
+    name, size, _ = layout.groups.tp
+    check_group("shared_experts", "tp", name, size)
+    counts = shards_of_tp(lengths, layout.groups)
+    rows = known_longest("shared_experts", lengths, "") if counts is None else largest(counts)
+    (gathered,) = gather_rows([hidden_states], rows, [0], size, name, counts)()
+    parts = _mlp(gathered, shared)
+    summed = reduce_scatter(parts if counts is None else expand_rows(parts, counts), size, name)()
+    return summed.narrow(0, 0, hidden_states.shape[0])
 
 
 def add_shared_experts(
@@ -92,42 +107,44 @@ def add_shared_experts(
     reduction: Reduction,
     hidden_states: torch.Tensor,
     shared: SharedExperts,
+    layout: Layout,
+    lengths: Lengths = Lengths(),
     *,
-    groups: ParallelGroups,
     reduce_results: bool,
-    tokens_are_sharded: bool = False,
-    num_tokens_across_tp: Sequence[int] | None = None,
     local_part: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The routed experts' output with the shared experts' added, every sum over TP taken once.
+) -> Wait[torch.Tensor]:
+    """The routed experts' output with the shared experts' added, every sum over TP taken once; the last one is in flight.
 
     Args:
         routed: ``[T, H]``: what finalize returned without `reduce_results`.
         reduction: whether it is complete or one TP rank's summand, by `output_reduction`.
         hidden_states: ``[T, H]``, as in `run_shared_experts`.
         shared: likewise.
-        groups: likewise.
+        layout: likewise.
+        lengths: likewise.
         reduce_results: complete a summand by one all-reduce over TP. Without it a summand stays one, and a result that was
             complete stays complete.
-        tokens_are_sharded: as in `run_shared_experts`.
-        num_tokens_across_tp: likewise.
         local_part: what `run_local_part` computed, if it was called before.
     """
     if local_part is None:
-        local_part = run_local_part(hidden_states, shared, groups=groups, tokens_are_sharded=tokens_are_sharded)
-    output, output_reduction = _complete(
-        local_part, hidden_states, shared, groups, tokens_are_sharded, num_tokens_across_tp
-    )
+        local_part = run_local_part(hidden_states, shared, layout)
+    output, output_reduction = _complete(local_part, hidden_states, shared, layout, lengths)
+    output, groups = output.to(routed.dtype), layout.groups
     if reduction is Reduction.COMPLETE:
-        return routed + (output if output_reduction is Reduction.COMPLETE else _sum_over_tp(output, groups))
+        if output_reduction is Reduction.COMPLETE:
+            return lambda: routed + output
+        summed = _sum_over_tp(output, groups)
+        return lambda: routed + summed()
     if output_reduction is Reduction.PARTIAL_OVER_TP:
-        return _sum_over_tp(routed + output, groups) if reduce_results else routed + output
-    return _sum_over_tp(routed, groups) + output if reduce_results else routed + on_rank_zero(output, groups.tp.rank)
+        return _sum_over_tp(routed + output, groups) if reduce_results else lambda: routed + output
+    if reduce_results:
+        summed = _sum_over_tp(routed, groups)
+        return lambda: summed() + output
+    return lambda: routed + on_rank_zero(output, groups.tp.rank)
 
 
-def _sum_over_tp(x: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
-    total: torch.Tensor = all_reduce(x, groups.tp.name, groups.tp.size)
-    return total
+def _sum_over_tp(x: torch.Tensor, groups: ParallelGroups) -> Wait[torch.Tensor]:
+    return sum_over_ranks(x, groups.tp.name, groups.tp.size)
 
 
 def _check(hidden_states: torch.Tensor, shared: SharedExperts) -> None:
@@ -149,4 +166,4 @@ def _check(hidden_states: torch.Tensor, shared: SharedExperts) -> None:
 
 def _mlp(x_TH: torch.Tensor, shared: SharedExperts) -> torch.Tensor:
     y_TH = F.linear(activate(F.linear(x_TH, shared.w13), shared.activation), shared.w2)
-    return y_TH if shared.gate is None else torch.sigmoid(F.linear(x_TH, shared.gate)) * y_TH
+    return y_TH if shared.gate is None else each(torch.sigmoid, F.linear(x_TH, shared.gate)) * y_TH

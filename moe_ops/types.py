@@ -1,10 +1,12 @@
 """The enums and named tuples that cross from one step of the stage to the next."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
+
+from moe_ops.groups import ParallelGroups
 
 
 class Strategy(enum.Enum):
@@ -14,6 +16,17 @@ class Strategy(enum.Enum):
     MC2 = "mc2"
     ALLGATHER = "allgather"
     """Takes its EP form when the tokens are sharded (sequence parallelism), its DP form otherwise."""
+
+
+class Dispatch(enum.Enum):
+    """How rows reach the experts of other ranks."""
+
+    LOCAL = "local"
+    """Not at all: every row is here already, after an all-gather."""
+    ALL_TO_ALL = "all_to_all"
+    """An exchange of just the rows that are needed. Reads their number on the host, so it cannot be captured."""
+    FIXED_CAPACITY = "fixed_capacity"
+    """An even exchange of a fixed number of rows: static shapes, no host read, can be captured."""
 
 
 class Quant(enum.Enum):
@@ -38,15 +51,58 @@ class Reduction(enum.Enum):
     """Each TP rank holds one summand; the caller adds them up, once."""
 
 
-class UnchangedState(NamedTuple):
-    """Prepare returned its tokens as they came, so finalize does too."""
+class Layout(NamedTuple):
+    """How the stage is laid over ranks: the same for every step and every call of a layer.
 
-    num_tokens: int
-    padded_num_tokens: int
+    Attributes:
+        strategy: how tokens reach the ranks of their experts.
+        groups: the process groups.
+        dispatch: LOCAL goes with ALLGATHER, the others with ALL2ALL and MC2. None: ALLGATHER LOCAL, ALL2ALL ALL_TO_ALL, MC2
+            FIXED_CAPACITY. Without an EP group nothing is exchanged.
+        tokens_are_sharded: the tokens are a sequence-parallel shard already: they are not chunked over TP, and finalize
+            returns the shard.
+        shared_expert_dp: ALL2ALL and MC2 leave each TP rank all tokens of its TP group instead of a chunk, for shared experts
+            that are replicated. With ALLGATHER each has them anyway.
+
+    Example::
+
+        layout = mo.Layout(mo.Strategy.ALL2ALL, mo.ParallelGroups.from_device_mesh(mesh))
+    """
+
+    strategy: Strategy
+    groups: ParallelGroups
+    dispatch: Dispatch | None = None
+    tokens_are_sharded: bool = False
+    shared_expert_dp: bool = False
+
+
+class Lengths(NamedTuple):
+    """What a call knows of token counts. Say what you know: every strategy takes every field, and any of them that agree.
+
+    A strategy derives from them what it pads to. Where it has to know what other ranks have and nothing is said, or where what
+    is said contradicts itself or the tokens, it raises a ValueError before anything is sent.
+
+    Attributes:
+        longest: rows of the EP rank that has most.
+        equal: all ranks have as many as this one.
+        per_rank: rows of each EP rank, in EP order. TP ranks that hold the same tokens repeat the number.
+        mask: bool ``[P]``, a prefix of True: which rows of this TP group's padded tokens are real; the others are routed
+            nowhere. P is a multiple of TP and the same on all ranks. For sharded tokens each rank has at most P / TP rows; all
+            shards of the TP group have as many, unless `per_rank` says otherwise.
+
+    Example: 3 tokens here, 5 on the other rank::
+
+        lengths = mo.Lengths(per_rank=[3, 5])  # or mo.Lengths(longest=5)
+    """
+
+    longest: int | None = None
+    equal: bool = False
+    per_rank: Sequence[int] | None = None
+    mask: torch.Tensor | None = None
 
 
 class ShardState(NamedTuple):
-    """All2All and MC2: tokens were padded to ``padded_num_tokens`` rows and cut into ``num_chunks`` equal chunks."""
+    """ALL2ALL and MC2: tokens were padded to ``padded_num_tokens`` rows and cut into ``num_chunks`` equal chunks."""
 
     num_tokens: int
     padded_num_tokens: int
@@ -54,58 +110,57 @@ class ShardState(NamedTuple):
 
 
 class DataParallelState(NamedTuple):
-    """AllGather, DP form: tokens were padded to ``padded_num_tokens`` and gathered over DP; the ``num_tokens_before_pcp``
-    rows that this made were padded to ``padded_num_tokens_before_pcp`` and gathered over PCP."""
+    """ALLGATHER, DP form: every rank padded its tokens to ``padded_num_tokens``; they were gathered over DP, then over PCP."""
 
     num_tokens: int
     padded_num_tokens: int
-    num_tokens_before_pcp: int
-    padded_num_tokens_before_pcp: int
 
 
 class ExpertParallelState(NamedTuple):
-    """AllGather, EP form: EP rank `r` brought ``num_tokens_across_ep[r]`` rows, or all ranks brought as many if empty."""
+    """ALLGATHER, EP form: EP rank `r` brought ``num_tokens_across_ep[r]`` rows; if that is empty, each brought
+    ``padded_num_tokens``, rows that pad included."""
 
     num_tokens: int
     padded_num_tokens: int
     num_tokens_across_ep: tuple[int, ...]
 
 
-State: TypeAlias = UnchangedState | ShardState | DataParallelState | ExpertParallelState
+State: TypeAlias = ShardState | DataParallelState | ExpertParallelState
 
 
 class PrepareOutput(NamedTuple):
     """What ``prepare`` returns.
 
     Attributes:
-        hidden_states: ``[rows, H]``; quantised in the AllGather EP form if asked for.
+        hidden_states: ``[rows, H]``; quantised in the ALLGATHER EP form if asked for.
         router_logits: ``[rows, E]``.
-        mc2_mask: bool ``[rows]``, or None where none was passed (always, outside MC2).
+        mask: bool ``[rows]``, which rows are real tokens that ``Lengths.mask`` keeps; None if no mask was passed.
         pertoken_scale: scales of quantised hidden states, or None.
         state: ints and tuples of ints that ``finalize`` and ``lay_out_like_prepared`` take.
     """
 
     hidden_states: torch.Tensor
     router_logits: torch.Tensor
-    mc2_mask: torch.Tensor | None
+    mask: torch.Tensor | None
     pertoken_scale: torch.Tensor | None
     state: State
 
 
-class Dispatch(enum.Enum):
-    """How rows reach the experts of other ranks."""
+class StageOutput(NamedTuple):
+    """What ``run_stage`` returns.
 
-    LOCAL = "local"
-    """Not at all: every row is here already, after an all-gather."""
-    ALL_TO_ALL = "all_to_all"
-    """An exchange of just the rows that are needed. Reads their number on the host, so it cannot be captured."""
-    FIXED_CAPACITY = "fixed_capacity"
-    """An even exchange of a fixed number of rows: static shapes, no host read, can be captured."""
+    Attributes:
+        hidden_states: ``[T, H]``, what ``moe_stage`` returns.
+        topk_ids: int32 ``[T, K]``, the experts of this rank's tokens (not the slots of copies); -1 for none.
+        topk_weights: float32 ``[T, K]``, their weights; 0 where there is none.
+        num_dropped: int64 ``[]``: copies of rows that found no place in a fixed capacity. Always 0: the stage makes room for
+            all.
+    """
 
-
-SelectExperts: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
-]
+    hidden_states: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    num_dropped: torch.Tensor
 
 
 class Routing(NamedTuple):
@@ -120,16 +175,15 @@ class Routing(NamedTuple):
         topk_group: groups that a token chooses from.
         e_score_correction_bias: float ``[E]``, added to the scores for the choice, not for the weights.
         routed_scaling_factor: factor of the weights, after they are renormalised.
-        token_to_experts: int ``[vocabulary, top_k]`` (-1 for no choice): hash routing, where a token's id chooses its experts
-            and its scores only weigh them. Needs `input_ids`.
-        logical_to_physical: int ``[E]`` or ``[E, replicas]`` (-1 where an expert has fewer): slots of each expert, where
-            experts have redundant copies. Of several, token `i` of the call takes number `i` modulo how many there are.
+        logical_to_physical: int ``[E]`` or ``[E, copies]`` (-1 where an expert has fewer): slots of each expert, where experts
+            have redundant copies; made by `moe_ops.slots.place_copies`. Of n copies, row `i` goes to the one at ``i % n``.
         num_redundant_experts: slots beyond E. EP rank `r` holds the `r`-th equal run of ``E + num_redundant_experts`` slots.
         apply_router_weight_on_input: weigh what goes into an expert, and not again what comes out.
-        select_experts: a function of the caller's that routes instead: of ``hidden_states [T, H]``, ``router_logits`` and
-            `input_ids` (or None) it makes ``topk_weights [T, K]`` and ``topk_ids [T, K]``, or slots if there is no
-            `logical_to_physical`. Rows that pad go in, too, and are routed nowhere whatever it says. Of the fields above, those
-            that choose and weigh are then ignored.
+
+    Example: Mixtral, and DeepSeek-V3::
+
+        mo.Routing(top_k=2, num_experts=8)
+        mo.Routing(8, 256, "sigmoid", num_expert_group=8, topk_group=4, e_score_correction_bias=bias, routed_scaling_factor=2.5)
     """
 
     top_k: int
@@ -140,11 +194,9 @@ class Routing(NamedTuple):
     topk_group: int | None = None
     e_score_correction_bias: torch.Tensor | None = None
     routed_scaling_factor: float = 1.0
-    token_to_experts: torch.Tensor | None = None
     logical_to_physical: torch.Tensor | None = None
     num_redundant_experts: int = 0
     apply_router_weight_on_input: bool = False
-    select_experts: SelectExperts | None = None
 
 
 class WeightLayout(enum.Enum):

@@ -18,7 +18,11 @@ GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
 
 
 class Form(NamedTuple):
-    """One way to run the layer. Token counts of EP ranks: None where they are not given."""
+    """One way to run the layer.
+
+    `counts`: rows of EP ranks, None where all have as many. `masked`: whether a mask says which of them are real, or all are.
+    `is_choice_given`: whether a function of the caller's routes.
+    """
 
     strategy: mo.Strategy
     dispatch: mo.Dispatch | None = None
@@ -30,6 +34,8 @@ class Form(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     routing: mo.Routing = mo.Routing(TOP_K, E)
     is_packed: bool = False
+    masked: bool = True
+    is_choice_given: bool = False
 
 
 MC2, ALL2ALL, ALLGATHER = mo.Strategy.MC2, mo.Strategy.ALL2ALL, mo.Strategy.ALLGATHER
@@ -37,6 +43,7 @@ FIXED, W8A8 = mo.Dispatch.FIXED_CAPACITY, mo.Quant.W8A8
 FORMS = {
     "mc2": Form(MC2),
     "mc2-shared": Form(MC2, shared="sharded"),
+    "mc2-given": Form(MC2, is_choice_given=True),
     "mc2-sharded-tokens": Form(MC2, FIXED, sharded=True, counts="ragged", shared="replicated"),
     "all2all": Form(ALL2ALL, FIXED),
     "allgather": Form(ALLGATHER),
@@ -59,7 +66,7 @@ class Buffers(NamedTuple):
 
     hidden_states: torch.Tensor
     router_logits: torch.Tensor
-    mc2_mask: torch.Tensor
+    mask: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -70,15 +77,20 @@ class Buffers(NamedTuple):
         count = hidden_states.shape[0]
         self.hidden_states[:count].copy_(hidden_states)
         self.router_logits[:count].copy_(router_logits)
-        self.mc2_mask.copy_(torch.arange(self.num_tokens) < count)
+        self.mask.copy_(torch.arange(self.mask.shape[0]) < count)
 
 
-def make_buffers(num_tokens: int, dtype: torch.dtype, device: str) -> Buffers:
+def make_buffers(num_tokens: int, form: Form, groups: mo.ParallelGroups, device: str) -> Buffers:
     return Buffers(
-        torch.zeros(num_tokens, H, dtype=dtype, device=device),
+        torch.zeros(num_tokens, H, dtype=form.dtype, device=device),
         torch.zeros(num_tokens, E, device=device),
-        torch.zeros(num_tokens, dtype=torch.bool, device=device),
+        torch.zeros(rows_of_mask(num_tokens, form, groups), dtype=torch.bool, device=device),
     )
+
+
+def rows_of_mask(num_tokens: int, form: Form, groups: mo.ParallelGroups) -> int:
+    """Those of the TP group's tokens, of which this rank may have a shard."""
+    return num_tokens * groups.tp.size if form.sharded else num_tokens
 
 
 class Captured(NamedTuple):
@@ -127,27 +139,26 @@ def make_stage(
         weights = [draw_weight(shape, form, generator, device) for shape in ((2 * I, H), (H, I))]
         shared = mo.SharedExperts(*weights, is_tp_sharded=form.shared == "sharded")
 
-    def stage(hidden_states: torch.Tensor, router_logits: torch.Tensor, mc2_mask: torch.Tensor) -> Any:
+    layout = mo.Layout(form.strategy, groups, form.dispatch, tokens_are_sharded=form.sharded)
+
+    def stage(hidden_states: torch.Tensor, router_logits: torch.Tensor, mask: torch.Tensor) -> Any:
         count, ep = hidden_states.shape[0], groups.ep
         counts = None
         if form.counts == "ragged":  # fewer on each rank, and this rank's as they are
             counts = [max(count - 3 * ((rank - ep.rank) % ep.size), 0) for rank in range(ep.size)]
+        topk_weights, topk_ids = router_logits.topk(TOP_K) if form.is_choice_given else (None, None)
         return run(
             hidden_states,
-            router_logits,
+            None if form.is_choice_given else router_logits,
             experts,
-            routing=routing,
-            strategy=form.strategy,
-            groups=groups,
-            dispatch=form.dispatch,
-            reduce_results=True,
-            mc2_mask=mc2_mask if form.strategy is MC2 and not form.sharded else None,
-            max_tokens_across_dp=count,
-            max_tokens_across_pcp=count * groups.dp.size,
-            num_tokens_across_ep=counts,
-            tokens_are_sharded=form.sharded,
+            routing,
+            layout,
+            lengths=mo.Lengths(equal=counts is None, per_rank=counts, mask=mask if form.masked else None),
             quant=form.quant,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
             shared_experts=shared,
+            reduce_results=True,
             overlap_gate=form.overlap_gate,
         )
 
@@ -174,12 +185,13 @@ def capture(run: Callable[[], Any], device: str, pool: Any = None) -> Captured:
     return Captured(graph, output)
 
 
-def capture_buckets(stage: Callable[..., Any], dtype: torch.dtype, device: str) -> dict[int, tuple[Buffers, Captured]]:
+def capture_buckets(form: Form, groups: mo.ParallelGroups, device: str) -> dict[int, tuple[Buffers, Captured]]:
     """A graph for each bucket, the largest first, since the others fit into its memory."""
+    stage = make_stage(form, groups, device)
     captured: dict[int, tuple[Buffers, Captured]] = {}
     pool = None
     for num_tokens in sorted(BUCKETS, reverse=True):
-        buffers = make_buffers(num_tokens, dtype, device)
+        buffers = make_buffers(num_tokens, form, groups, device)
         warm_up(lambda buffers=buffers: stage(*buffers), device)
         captured[num_tokens] = buffers, capture(lambda buffers=buffers: stage(*buffers), device, pool)
         pool = captured[num_tokens][1].graph.pool()

@@ -3,23 +3,30 @@
 T tokens, E experts, H hidden, I intermediate.
 """
 
+from itertools import product
+
 import torch
 
 import moe_ops as mo
 
 
-def dense_weights(logits_TE: torch.Tensor, routing: mo.Routing, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight of every expert for every token, 0 for those that are not chosen. Ties go to the lowest id."""
+def dense_weights(
+    logits_TE: torch.Tensor,
+    routing: mo.Routing,
+    topk_ids: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``[C, T, E]``: the weight of every expert for every token, 0 for those that are not chosen, apart for each choice that is
+    given, since one expert may be chosen twice. Ties go to the lowest id."""
+    if topk_ids is not None and topk_weights is not None:
+        return spread(topk_weights.double(), topk_ids, logits_TE.shape[1])
     x = logits_TE.double()
     if routing.scoring == "softmax":
         scores_TE = x.exp() / x.exp().sum(1, keepdim=True)
     else:
         scores_TE = 1 / (1 + (-x).exp()) if routing.scoring == "sigmoid" else (1 + x.exp()).log().sqrt()
-    if routing.token_to_experts is not None and input_ids is not None:
-        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-        for token, input_id in enumerate(input_ids.tolist()):
-            for expert in routing.token_to_experts[input_id].tolist() if input_id >= 0 else []:
-                chosen_TE[token, expert] |= expert >= 0
+    if topk_ids is not None:
+        chosen_CTE = spread(torch.ones(topk_ids.shape, dtype=torch.float64), topk_ids, logits_TE.shape[1]) > 0
     else:
         bias = routing.e_score_correction_bias
         choice_TE = scores_TE if bias is None else scores_TE + bias.double()
@@ -30,11 +37,17 @@ def dense_weights(logits_TE: torch.Tensor, routing: mo.Routing, input_ids: torch
                 groups[0].shape[1], dim=1
             )
             choice_TE = torch.where(is_best, choice_TE, -torch.inf)
-        chosen_TE = first_of(choice_TE, routing.top_k)
-    weights_TE = torch.where(chosen_TE, scores_TE, 0.0)
+        chosen_CTE = first_of(choice_TE, routing.top_k).unsqueeze(0)
+    weights_CTE = torch.where(chosen_CTE, scores_TE, 0.0)
     if routing.renormalize:
-        weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-300)
-    return weights_TE * routing.routed_scaling_factor
+        weights_CTE = weights_CTE / weights_CTE.sum((0, 2)).clamp(min=1e-300).unsqueeze(1)
+    return weights_CTE * routing.routed_scaling_factor
+
+
+def spread(weights_TK: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """``[T, K] -> [K, T, E]``: what is no expert's id counts nowhere."""
+    is_chosen_TKE = topk_ids.unsqueeze(2) == torch.arange(num_experts)
+    return torch.where(is_chosen_TKE, weights_TK.unsqueeze(2), 0.0).transpose(0, 1)
 
 
 def first_of(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -67,13 +80,14 @@ def dense_moe(
     experts: mo.ExpertWeights,
     routing: mo.Routing,
     *,
-    input_ids: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
     shared: mo.SharedExperts | None = None,
 ) -> torch.Tensor:
     """Every expert computes every token; the dense weights select."""
-    weights_TE = dense_weights(logits_TE, routing, input_ids)
+    weights_CTE = dense_weights(logits_TE, routing, topk_ids, topk_weights)
     total_TH = torch.zeros(hidden_TH.shape, dtype=torch.float64)
-    for expert, weight_T in enumerate(weights_TE.unbind(1)):
+    for expert, weight_T in ((e, weights_CTE[c, :, e]) for c, e in product(*map(range, weights_CTE.shape[::2]))):
         is_chosen_T1 = (weight_T != 0).unsqueeze(1)
         x_TH = hidden_TH.double()
         if routing.apply_router_weight_on_input:

@@ -13,8 +13,9 @@ from moe_ops import Dispatch, Strategy
 from .oracle import dense_moe
 from .ranks import groups_of
 
-E, VOCABULARY = 8, 11
-Layout = tuple[int, int, int]
+E = 8
+Topology = tuple[int, int, int]
+"""[DP, PCP, TP]"""
 FORMS = {
     "all2all": (Strategy.ALL2ALL, False, None),
     "all2all-fixed": (Strategy.ALL2ALL, False, Dispatch.FIXED_CAPACITY),
@@ -28,11 +29,23 @@ FORMS = {
 }
 
 
+WAYS = (
+    ("longest",),
+    ("per_rank",),
+    ("mask",),
+    ("longest", "per_rank"),
+    ("longest", "mask"),
+    ("per_rank", "mask"),
+    ("longest", "per_rank", "mask"),
+)
+"""To say lengths. Without `per_rank` a mask takes all shards of a TP group to have as many rows."""
+
+
 class Problem(NamedTuple):
     """One layer and one batch on four ranks; each of them makes it from the seed."""
 
     form: str
-    layout: Layout = (2, 1, 2)
+    layout: Topology = (2, 1, 2)
     counts: tuple[int, ...] = (3, 5, 2, 4)
     hidden_size: int = 8
     intermediate: int = 8
@@ -44,7 +57,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.float32
     masked: int = 0
     has_ep: bool = True
-    has_counts: bool = True  # False: sharded tokens, as many on each rank
+    said: tuple[str, ...] = ("longest", "per_rank", "mask")  # fields of Lengths
+    chosen: str = "by-logits"  # or by the caller: its ids, or ids and weights
     reduce_results: bool = True
     quant: mo.Quant = mo.Quant.NONE
     weight_quant: mo.Quant = mo.Quant.NONE
@@ -54,8 +68,8 @@ class Problem(NamedTuple):
     def sharded(self) -> bool:
         return FORMS[self.form][1]
 
-    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states, logits and ids of one owner: a rank where tokens are sharded, else a TP group."""
+    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of one owner: a rank where tokens are sharded, else a TP group."""
         generator = torch.Generator().manual_seed(self.seed * 10 + owner)
         count = self.counts[owner]
         hidden = torch.randn(count, self.hidden_size, generator=generator)
@@ -67,8 +81,14 @@ class Problem(NamedTuple):
             logits[:, 2:6] += 10
         if self.choices == "ties":
             logits = torch.zeros_like(logits)
-        input_ids = torch.randint(-1, VOCABULARY, (count,), generator=generator)
-        return hidden.to(self.dtype), logits, input_ids
+        return hidden.to(self.dtype), logits
+
+    def choice(self, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and weights that the caller of one owner chose: some of them no expert's, some twice in a row."""
+        generator = torch.Generator().manual_seed(self.seed * 10 + owner + 5)
+        shape = self.counts[owner], self.routing.top_k
+        weights = torch.rand(shape, generator=generator)
+        return torch.randint(-2, E + 1, shape, generator=generator), weights
 
     def experts(self) -> mo.ExpertWeights:
         generator = torch.Generator().manual_seed(self.seed)
@@ -109,18 +129,20 @@ class Problem(NamedTuple):
     def owner(self, rank: int) -> int:
         return rank if self.sharded else rank // self.layout[2]
 
+    def tp_group(self, rank: int) -> tuple[int, int]:
+        """Tokens of the TP group of a rank, and how many of them come before those of this rank."""
+        tp = self.layout[2]
+        first = rank // tp * tp
+        if not self.sharded:
+            return self.counts[rank // tp], 0
+        return sum(self.counts[first : first + tp]), sum(self.counts[first:rank])
+
     def num_real(self, rank: int) -> int:
-        """Tokens of this rank that the mask keeps: MC2 without sharding loses the last `masked` of each TP group."""
-        count = self.counts[self.owner(rank)]
-        return max(count - self.masked, 0) if self.form in ("mc2", "mc2-ragged") else count
-
-
-def by_softmax(
-    hidden_states: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A function of the caller's, for two experts, that does what `Routing` does without one."""
-    weights, ids = torch.softmax(router_logits, dim=1).sort(dim=1, descending=True, stable=True)
-    return weights[:, :2] / weights[:, :2].sum(dim=1, keepdim=True), ids[:, :2]
+        """Tokens of this rank that the mask keeps: each TP group loses the last `masked`."""
+        count, (whole, before) = self.counts[self.owner(rank)], self.tp_group(rank)
+        if "mask" not in self.said:
+            return count
+        return min(max(whole - self.masked - before, 0), count)
 
 
 @st.composite
@@ -130,9 +152,6 @@ def routings(draw: Any) -> mo.Routing:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     # Not multiples of anything: sums with them are equal in no two ways that round differently.
     bias = draw(st.sampled_from([None, torch.randn(E, generator=generator) - 0.5]))
-    table = None
-    if draw(st.integers(0, 4)) == 0:
-        table = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(VOCABULARY)])
     return mo.Routing(
         top_k,
         E,
@@ -142,14 +161,13 @@ def routings(draw: Any) -> mo.Routing:
         topk_group=groups[1],
         e_score_correction_bias=bias,
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-        token_to_experts=table,
         apply_router_weight_on_input=draw(st.integers(0, 3)) == 0,
     )
 
 
 @st.composite
 def problems(draw: Any, form: str) -> Problem:
-    return Problem(
+    problem = Problem(
         form=form,
         layout=draw(st.sampled_from([(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 1, 4), (1, 4, 1)])),
         counts=tuple(draw(st.lists(st.one_of(st.integers(0, 6), st.sampled_from([17, 31])), min_size=4, max_size=4))),
@@ -162,10 +180,16 @@ def problems(draw: Any, form: str) -> Problem:
         choices=draw(st.sampled_from(["random", "one", "few", "ties"])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         masked=draw(st.sampled_from([0, 1, 3])),
+        said=draw(st.sampled_from(WAYS)),
+        chosen=draw(st.sampled_from(["by-logits", "by-logits", "ids", "ids-and-weights"])),
         has_ep=draw(st.booleans()) if form == "allgather-dp" else True,
         reduce_results=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
+    if problem.sharded and "mask" in problem.said and "per_rank" not in problem.said:
+        tp = problem.layout[2]
+        problem = problem._replace(counts=tuple(problem.counts[rank // tp * tp] for rank in range(4)))
+    return problem
 
 
 def own_experts(problem: Problem, rank: int) -> mo.ExpertWeights:
@@ -202,29 +226,47 @@ class Inputs(NamedTuple):
 
     hidden: torch.Tensor
     logits: torch.Tensor
-    input_ids: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
     mask: torch.Tensor
     longest: torch.Tensor
     counts: list[torch.Tensor]
 
 
 def make_inputs(rank: int, problem: Problem) -> Inputs:
-    hidden, logits, input_ids = problem.tokens(problem.owner(rank))
+    hidden, logits = problem.tokens(problem.owner(rank))
+    ids, weights = problem.choice(problem.owner(rank))
     num_real, tp = problem.num_real(rank), problem.layout[2]
     if problem.shared == "none":
         hidden[num_real:] = torch.nan
     logits[num_real:] = torch.nan
+    weights[num_real:] = torch.nan
     counts = [problem.counts[problem.owner(other)] for other in range(4)]
-    longest = max(counts)
+    longest, (whole, _) = max(counts), problem.tp_group(rank)
     rows = longest * tp if problem.sharded else -(-longest // tp) * tp  # common to all ranks
-    mask = torch.arange(rows) < (rows if problem.sharded else num_real)
-    mo.mark_token_axes(hidden, logits, input_ids, mask)
-    return Inputs(hidden, logits, input_ids, mask, mo.token_count(longest), [mo.token_count(c) for c in counts])
+    mask = torch.arange(rows) < whole - problem.masked
+    mo.mark_token_axes(hidden, logits, ids, weights, mask)
+    return Inputs(hidden, logits, ids, weights, mask, mo.token_count(longest), [mo.token_count(c) for c in counts])
+
+
+def lengths_of(problem: Problem, inputs: Inputs) -> mo.Lengths:
+    """What the problem says of them."""
+    return mo.Lengths(
+        longest=inputs.longest.shape[0] if "longest" in problem.said else None,
+        equal="equal" in problem.said,
+        per_rank=[count.shape[0] for count in inputs.counts] if "per_rank" in problem.said else None,
+        mask=inputs.mask if "mask" in problem.said else None,
+    )
 
 
 def groups_for(problem: Problem) -> mo.ParallelGroups:
     groups = groups_of(*problem.layout)
     return groups if problem.has_ep else groups._replace(ep=mo.Group.single())
+
+
+def layout_for(problem: Problem) -> mo.Layout:
+    strategy, sharded, dispatch = FORMS[problem.form]
+    return mo.Layout(strategy, groups_for(problem), dispatch, tokens_are_sharded=sharded)
 
 
 def make_stage(
@@ -236,36 +278,25 @@ def make_stage(
     **keywords: Any,
 ) -> Callable[[Inputs], Any]:
     """The stage of a rank, with its weights of the problem unless others are given; `run` may be `moe_stage_steps`."""
-    groups, dp = groups_for(problem), problem.layout[0]
-    strategy, sharded, dispatch = FORMS[problem.form]
+    layout = layout_for(problem)
+    groups = layout.groups
     experts = own_experts(problem, rank) if experts is None else experts
     shared = own_shared(problem, groups) if shared is None else shared
-    is_partial = (
-        mo.output_reduction(strategy=strategy, groups=groups, tokens_are_sharded=sharded)
-        is mo.Reduction.PARTIAL_OVER_TP
-    )
+    is_partial = mo.output_reduction(layout) is mo.Reduction.PARTIAL_OVER_TP
 
-    def stage(inputs: Inputs) -> torch.Tensor:
-        longest = inputs.longest.shape[0]
+    def stage(inputs: Inputs) -> Any:
         result = run(
             inputs.hidden,
-            inputs.logits,
+            None if problem.chosen == "ids-and-weights" else inputs.logits,
             experts,
-            routing=problem.routing,
-            strategy=strategy,
-            groups=groups,
-            dispatch=dispatch,
-            reduce_results=problem.reduce_results,
-            mc2_mask=inputs.mask,
-            max_tokens_across_dp=longest,
-            max_tokens_across_pcp=longest * dp,
-            num_tokens_across_ep=[count.shape[0] for count in inputs.counts]
-            if sharded and problem.has_counts
-            else None,
-            tokens_are_sharded=sharded,
+            problem.routing,
+            layout,
+            lengths=lengths_of(problem, inputs),
             quant=problem.quant,
-            input_ids=inputs.input_ids if problem.routing.token_to_experts is not None else None,
+            topk_ids=None if problem.chosen == "by-logits" else inputs.topk_ids,
+            topk_weights=inputs.topk_weights if problem.chosen == "ids-and-weights" else None,
             shared_experts=shared,
+            reduce_results=problem.reduce_results,
             **keywords,
         )
         if is_partial and not problem.reduce_results and run is mo.moe_stage:  # then the sum is the caller's
@@ -292,17 +323,18 @@ def run_compiled(rank: int, problem: Problem, all_counts: list[tuple[int, ...]],
 
 def expected_of(problem: Problem, rank: int) -> torch.Tensor:
     """What the layer is, of the tokens that are not masked; of the others, what the shared experts make of them."""
-    hidden, logits, input_ids = problem.tokens(problem.owner(rank))
-    num_real = problem.num_real(rank)
-    shared = problem.shared_experts()
+    hidden, logits = problem.tokens(problem.owner(rank))
+    ids, weights = problem.choice(problem.owner(rank))
+    num_real, shared = problem.num_real(rank), problem.shared_experts()
     expected = dense_moe(
         hidden[:num_real],
         logits[:num_real],
         problem.rounded_experts(),
         problem.routing,
-        input_ids=input_ids[:num_real],
+        topk_ids=None if problem.chosen == "by-logits" else ids[:num_real],
+        topk_weights=weights[:num_real] if problem.chosen == "ids-and-weights" else None,
         shared=shared,
     )
     nothing = problem.routing._replace(routed_scaling_factor=0.0)
-    rest = dense_moe(hidden[num_real:], logits[num_real:], problem.experts(), nothing, input_ids=None, shared=shared)
+    rest = dense_moe(hidden[num_real:], logits[num_real:], problem.experts(), nothing, shared=shared)
     return torch.cat([expected, rest if shared is not None else torch.zeros_like(rest)])

@@ -62,12 +62,9 @@ def run_what_is_chosen(rank: int) -> tuple[str, torch.Tensor]:
         torch.ones(5, 8),
         torch.ones(5, 4),
         mo.ExpertWeights(*weights),
-        routing=mo.Routing(top_k=2, num_experts=4),
-        strategy=choice.strategy,
-        dispatch=choice.dispatch,
-        groups=groups,
-        padded_num_tokens=5,
-        max_tokens_across_dp=5,
+        mo.Routing(top_k=2, num_experts=4),
+        mo.Layout(choice.strategy, groups, choice.dispatch),
+        lengths=mo.Lengths(equal=True),
     )
     return choice.reason, y
 

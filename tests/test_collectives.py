@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 
 import moe_ops as mo
-from moe_ops import collectives
+from moe_ops import packing
+from moe_ops.collectives import gather_rows
 from moe_ops.traffic import count_traffic
 
 from .ranks import RankPool, groups_of
@@ -62,8 +63,8 @@ def tensors(draw: Any, rows: int) -> list[torch.Tensor]:
 def test_pack_and_unpack(data: st.DataObject, rows: int, more: int) -> None:
     given_tensors = data.draw(tensors(rows))
     fill = [data.draw(st.sampled_from([0, -1])) for _ in given_tensors]
-    packed = collectives.pack_rows(given_tensors, rows + more, fill)
-    unpacked = collectives.unpack_rows(packed, given_tensors)
+    packed = packing.pack_rows(given_tensors, rows + more, fill)
+    unpacked = packing.unpack_rows(packed, given_tensors)
     assert packed.shape[0] == rows + more
     for tensor, result, value in zip(given_tensors, unpacked, fill, strict=True):
         assert result.dtype == tensor.dtype
@@ -82,8 +83,8 @@ def test_ragged_blocks_are_compacted_and_expanded(counts: list[int]) -> None:
     longest = max(counts)
     padded = torch.cat([torch.cat([block, torch.zeros(longest - len(block), 2)]) for block in blocks])
     poisoned = torch.cat([torch.cat([block, torch.full((longest - len(block), 2), torch.nan)]) for block in blocks])
-    assert torch.equal(collectives.compact_rows(poisoned, counts), torch.cat(blocks))
-    assert torch.equal(collectives.expand_rows(torch.cat(blocks), counts), padded)
+    assert torch.equal(packing.compact_rows(poisoned, counts), torch.cat(blocks))
+    assert torch.equal(packing.expand_rows(torch.cat(blocks), counts), padded)
 
 
 def gather(rank: int, counts: list[int] | None, rows: int) -> tuple[list[torch.Tensor], int]:
@@ -94,10 +95,7 @@ def gather(rank: int, counts: list[int] | None, rows: int) -> tuple[list[torch.T
 
     def call() -> None:
         fill = [0, -1, 0, 0]
-        finish = collectives.start_gather_rows(
-            own, rows=longest, fill=fill, size=group.size, group=group.name, counts=counts
-        )
-        results.append(finish())
+        results.append(gather_rows(own, longest, fill, group.size, group.name, counts)())
 
     traffic = count_traffic(call)
     return [as_bytes(tensor) for tensor in results[0]], traffic.collectives
@@ -122,21 +120,20 @@ def test_one_collective_gathers_everything(ranks4: RankPool, counts: list[int] |
 def test_bad_input_names_the_argument() -> None:
     x = torch.zeros(3, 2)
     with pytest.raises(ValueError, match=r"pack_rows: rows of tensors\[1\] must be those of tensors\[0\] = 3, got 2"):
-        collectives.pack_rows([x, x[:2]], 3, [0, 0])
+        packing.pack_rows([x, x[:2]], 3, [0, 0])
     with pytest.raises(ValueError, match="pack_rows: rows of tensors must be at most rows = 2, got 3"):
-        collectives.pack_rows([x], 2, [0])
+        packing.pack_rows([x], 2, [0])
     with pytest.raises(ValueError, match=r"fill must hold 0 or -1 for each of 1 tensors \(1 or more\), got \(5,\)"):
-        collectives.pack_rows([x], 3, [5])
+        packing.pack_rows([x], 3, [5])
     with pytest.raises(ValueError, match="bytes of a packed row must be those of a row of `like` = 8, got 9"):
-        collectives.unpack_rows(torch.zeros(3, 9, dtype=torch.uint8), [x])
+        packing.unpack_rows(torch.zeros(3, 9, dtype=torch.uint8), [x])
     with pytest.raises(ValueError, match=r"compact_rows: rows of x must be len\(counts\) \* max\(counts\) = 4, got 3"):
-        collectives.compact_rows(x, [1, 2])
+        packing.compact_rows(x, [1, 2])
     with pytest.raises(ValueError, match=r"expand_rows: rows of x must be sum\(counts\) = 4, got 3"):
-        collectives.expand_rows(x, [2, 2])
+        packing.expand_rows(x, [2, 2])
     with pytest.raises(RuntimeError, match="tp group must name an initialised process group, got 'nowhere'"):
         mo.prepare(
             x,
             x,
-            strategy=mo.Strategy.ALL2ALL,
-            groups=mo.ParallelGroups(tp=mo.Group("nowhere", 2, 0)),
+            mo.Layout(mo.Strategy.ALL2ALL, mo.ParallelGroups(tp=mo.Group("nowhere", 2, 0))),
         )

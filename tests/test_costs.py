@@ -12,9 +12,10 @@ from hypothesis import given
 import moe_ops as mo
 from moe_ops import Quant
 from moe_ops.cost_types import CollectiveKind, FormCost, RowCopies
-from moe_ops.costs import expected_copies, payload_bytes, predict_costs
+from moe_ops.costs import COSTS, FORMS, expected_copies, payload_bytes, predict_costs, result_bytes
 from moe_ops.load import count_copies
 from moe_ops.route import route
+from moe_ops.strategies import STRATEGIES, strategy_of
 from moe_ops.traffic import count_traffic
 
 from .ranks import RankPool, groups_of
@@ -28,52 +29,75 @@ def test_expected_copies(ep: int, copies: float) -> None:
     assert round(expected_copies(num_experts=256, top_k=8, ep_size=ep), 1) == copies
 
 
+def test_every_form_of_the_stage_has_a_cost() -> None:
+    assert set(COSTS) == set(STRATEGIES)
+    two = mo.Group("ep", 2, 0)
+    for strategy in mo.Strategy:
+        for dispatch in mo.Dispatch:
+            layout = mo.Layout(strategy, mo.ParallelGroups(dp=two, ep=two), dispatch)
+            if (strategy, dispatch) in FORMS:
+                strategy_of("test", layout)
+            else:
+                with pytest.raises(ValueError, match="dispatch must be"):
+                    strategy_of("test", layout)
+    # Equal costs go to the first: a strategy by its own dispatch.
+    assert {form[0] for form in FORMS[: len(STRATEGIES)]} == set(STRATEGIES)
+    assert all(STRATEGIES[strategy].dispatches[0] is dispatch for strategy, dispatch in FORMS[: len(STRATEGIES)])
+
+
 # What ranks really send. gloo's all-gather, all-reduce and all-to-all send what the model counts, its reduce-scatter twice as
 # much: that of an all-reduce.
 GLOO_FACTOR = {kind: 2 if kind is CollectiveKind.REDUCE_SCATTER else 1 for kind in CollectiveKind}
 H, E, K, T = 1024, 8, 2, 510
-Layout = tuple[int, int, int]
+Shape = tuple[int, int, int]
+"""[DP, PCP, TP]"""
+KINDS = [
+    (torch.bfloat16, Quant.NONE),
+    (torch.bfloat16, Quant.W8A8),
+    (torch.bfloat16, Quant.MXFP4),
+    (torch.float16, Quant.NONE),
+    (torch.float16, Quant.MXFP8),
+]
+"""Of the tokens. Results of float16 travel in float32."""
 
 
 def logits_of(owner: int, num_tokens: int) -> torch.Tensor:
     return torch.randn(num_tokens, E, generator=torch.Generator().manual_seed(owner))
 
 
-def tokens_at(ranks: int, layout: Layout, is_sharded: bool) -> tuple[list[int], int]:
+def tokens_at(ranks: int, shape: Shape, is_sharded: bool) -> tuple[list[int], int]:
     """Whose tokens each EP rank brings, and how many these are."""
-    tp = layout[2]
+    tp = shape[2]
     return [rank if is_sharded else rank // tp for rank in range(ranks)], -(-T // tp) if is_sharded else T
 
 
-def sent_by_stage(rank: int, ranks: int, layout: Layout, form: tuple, is_sharded: bool, quant: Quant) -> int:
-    groups = groups_of(*layout)
-    owners, count = tokens_at(ranks, layout, is_sharded)
-    experts = mo.ExpertWeights(torch.zeros(E // ranks, 8, H).bfloat16(), torch.zeros(E // ranks, H, 4).bfloat16())
+def sent_by_stage(rank: int, shape: Shape, form: tuple, is_sharded: bool, dtype: torch.dtype, quant: Quant) -> int:
+    groups = groups_of(*shape)
+    owners, count = tokens_at(groups.ep.size, shape, is_sharded)
+    weights = torch.zeros(E // groups.ep.size, 8, H), torch.zeros(E // groups.ep.size, H, 4)
+    experts = mo.ExpertWeights(*(weight.to(dtype) for weight in weights))
+    layout = mo.Layout(form[0], groups, form[1], tokens_are_sharded=is_sharded)
 
     def call() -> None:
         mo.moe_stage(
-            torch.ones(count, H).bfloat16(),
+            torch.ones(count, H, dtype=dtype),
             logits_of(owners[rank], count),
             experts,
-            routing=mo.Routing(top_k=K, num_experts=E),
-            strategy=form[0],
-            dispatch=form[1],
-            groups=groups,
-            padded_num_tokens=-(-T // layout[2]) * layout[2],
-            reduce_results=True,
-            tokens_are_sharded=is_sharded,
+            mo.Routing(top_k=K, num_experts=E),
+            layout,
+            lengths=mo.Lengths(longest=count),
             quant=quant,
+            reduce_results=True,
         )
-
         dist.barrier()  # what the others have received, this rank has sent: nothing is still in a socket
 
     dist.barrier()
     return count_traffic(call).bytes_sent
 
 
-def copies_of_stage(ranks: int, layout: Layout, is_sharded: bool) -> RowCopies:
-    owners, count = tokens_at(ranks, layout, is_sharded)
-    ids, tp, rows = [], layout[2], -(-T // layout[2])
+def copies_of_stage(ranks: int, shape: Shape, is_sharded: bool) -> RowCopies:
+    owners, count = tokens_at(ranks, shape, is_sharded)
+    ids, tp, rows = [], shape[2], -(-T // shape[2])
     for rank, owner in enumerate(owners):
         whole = route(logits_of(owner, count), mo.Routing(top_k=K, num_experts=E))[1]
         ids.append(whole if is_sharded else whole[rows * (rank % tp) : rows * (rank % tp + 1)])
@@ -85,33 +109,34 @@ def as_gloo_sends(cost: FormCost) -> float:
     return cost.bytes_sent + extra
 
 
-def check_bytes(pool: RankPool, ranks: int, layout: Layout, is_sharded: bool, quant: Quant) -> None:
-    dp, pcp, tp = layout
+def check_bytes(pool: RankPool, shape: Shape, is_sharded: bool, dtype: torch.dtype, quant: Quant) -> None:
+    dp, pcp, tp = shape
     costs = predict_costs(
-        mo.LayerShape(H, E, K, quant=quant),
+        mo.LayerShape(H, E, K, dtype=dtype, quant=quant),
         mo.Topology(tp=tp, dp=dp, pcp=pcp),
         T,
         calibration=NOMINAL,
         tokens_are_sharded=is_sharded,
-        copies=copies_of_stage(ranks, layout, is_sharded),
+        copies=copies_of_stage(dp * pcp * tp, shape, is_sharded),
     )
     for cost in costs:
         form = cost.strategy, cost.dispatch
-        sent = max(pool.run(sent_by_stage, ranks, layout, form, is_sharded, quant))
+        sent = max(pool.run(sent_by_stage, shape, form, is_sharded, dtype, quant))
         assert sent == pytest.approx(as_gloo_sends(cost), rel=0.02), (form, cost)
 
 
-@pytest.mark.parametrize("quant", [Quant.NONE, Quant.W8A8, Quant.MXFP4], ids=lambda quant: quant.value)
+@pytest.mark.parametrize(("dtype", "quant"), KINDS, ids=lambda value: getattr(value, "value", str(value)))
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 1, 2)], ids=["dp2", "tp2"])
-def test_bytes_on_two_ranks(ranks2: RankPool, layout: Layout, is_sharded: bool, quant: Quant) -> None:
-    check_bytes(ranks2, 2, layout, is_sharded, quant)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2)], ids=["dp2", "tp2"])
+def test_bytes_on_two_ranks(ranks2: RankPool, shape: Shape, is_sharded: bool, dtype: torch.dtype, quant: Quant) -> None:
+    check_bytes(ranks2, shape, is_sharded, dtype, quant)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("layout", [(2, 1, 2), (2, 2, 1)], ids=["dp2-tp2", "dp2-pcp2"])
-def test_bytes_on_four_ranks(ranks4: RankPool, layout: Layout, is_sharded: bool) -> None:
-    check_bytes(ranks4, 4, layout, is_sharded, Quant.NONE)
+@pytest.mark.parametrize("shape", [(2, 1, 2), (2, 2, 1)], ids=["dp2-tp2", "dp2-pcp2"])
+def test_bytes_on_four_ranks(ranks4: RankPool, shape: Shape, is_sharded: bool, dtype: torch.dtype) -> None:
+    check_bytes(ranks4, shape, is_sharded, dtype, Quant.NONE)
 
 
 @pytest.mark.parametrize("quant", [quant for quant in Quant if quant is not Quant.NONE], ids=lambda quant: quant.value)
@@ -120,6 +145,11 @@ def test_payload_bytes_are_those_of_quantised_rows(quant: Quant, width: int) -> 
     tensors = mo.quantize_activations(torch.randn(3, width), quant=quant)
     assert 3 * payload_bytes(mo.LayerShape(width, 8, 2, quant=quant)) == sum(tensor.nbytes for tensor in tensors)
     assert payload_bytes(mo.LayerShape(width, 8, 2, dtype=torch.float32)) == 4 * width
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float16, 4), (torch.float32, 4)], ids=str)
+def test_results_of_float16_travel_in_float32(dtype: torch.dtype, size: int) -> None:
+    assert result_bytes(mo.LayerShape(65, 8, 2, dtype=dtype)) == 65 * size
 
 
 def test_seconds_are_latency_plus_bytes_over_bandwidth() -> None:

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from torch._dynamo.backends.common import aot_autograd
 
 import moe_ops as mo
-from moe_ops.dispatchers import combine, dispatch
-from moe_ops.dispatchers.all_to_all import NotCapturableError, combine_all_to_all, dispatch_all_to_all
+from moe_ops.dispatchers import Dispatched, combine, dispatch
+from moe_ops.dispatchers.all_to_all import NotCapturableError
 from moe_ops.dispatchers.copies import pack_copies, plan_copies
-from moe_ops.dispatchers.fixed_capacity import combine_fixed_capacity, dispatch_fixed_capacity
 from moe_ops.dispatchers.local import combine_local, dispatch_local, weigh_input
 from moe_ops.traffic import count_traffic
 
@@ -55,7 +54,7 @@ def test_local_groups_rows_by_expert(num_rows: int, top_k: int, first: int, loca
     assert torch.equal(combine_local(poisoned, dispatched.state), expected)
     weighed = weigh_input(dispatched.rows, dispatched.state) * 3
     weighed[dispatched.counts.sum() :] = torch.nan
-    assert torch.equal(combine_local(weighed, dispatched.state, is_weighed=True), expected)
+    assert torch.equal(combine_local(weighed, dispatched.state, weights_on_input=True), expected)
 
 
 @given(num_rows=st.integers(0, 12), top_k=st.integers(1, 4), capacity=st.one_of(st.none(), st.integers(0, 12)))
@@ -75,26 +74,25 @@ def test_each_rank_gets_one_copy_of_a_row(num_rows: int, top_k: int, capacity: i
     assert packed == [next((row for (row, _), at in places.items() if at == place), -1) for place in range(total)]
 
 
+def send(batch: tuple[torch.Tensor, ...], capacity: int | None, ep: mo.Group) -> Dispatched:
+    """With a capacity, or just the rows that are needed."""
+    kind = mo.Dispatch.ALL_TO_ALL if capacity is None else mo.Dispatch.FIXED_CAPACITY
+    return dispatch(*batch, kind=kind, num_local_experts=2, ep=ep, capacity=capacity)
+
+
 def exchange(
     rank: int, seed: int, counts: list[int], top_k: int, capacity: int | None
 ) -> tuple[list[Any], torch.Tensor, int]:
     """The groups of rows that arrive, what comes back when experts multiply by their id plus one, and the drops."""
     ep = groups_of(1, 1, 4).ep
-    hidden, ids, weights = draw_batch(seed + rank, counts[rank], top_k)
-    if capacity is None:
-        dispatched, sent = dispatch_all_to_all(hidden, ids, weights, num_local_experts=2, ep=ep)
-    else:
-        dispatched, places = dispatch_fixed_capacity(
-            hidden, ids, weights, capacity=capacity, num_local_experts=2, ep=ep
-        )
-    factor = torch.tensor([2.0 * rank + 1, 2.0 * rank + 2]).repeat_interleave(dispatched.counts)
-    rows = torch.full_like(dispatched.rows, torch.nan)
-    rows[: len(factor)] = dispatched.rows[: len(factor)] * factor.unsqueeze(1)
-    groups = [group.tolist() for group in dispatched.rows[: len(factor)].split(dispatched.counts.tolist())]
-    if capacity is None:
-        return groups, combine_all_to_all(rows, dispatched, sent, ep=ep), 0
-    output = combine_fixed_capacity(rows, dispatched, places, ep=ep)
-    return groups, output, int(places.num_dropped)
+    dispatched = send(draw_batch(seed + rank, counts[rank], top_k), capacity, ep)
+    local = dispatched.local
+    factor = torch.tensor([2.0 * rank + 1, 2.0 * rank + 2]).repeat_interleave(local.counts)
+    rows = torch.full_like(local.rows, torch.nan)
+    rows[: len(factor)] = local.rows[: len(factor)] * factor.unsqueeze(1)
+    groups = [group.tolist() for group in local.rows[: len(factor)].split(local.counts.tolist())]
+    num_dropped = 0 if capacity is None else int(dispatched.exchange.num_dropped)
+    return groups, combine(rows, dispatched, ep=ep), num_dropped
 
 
 @given(
@@ -142,12 +140,8 @@ def interleave(rank: int, is_ragged: bool) -> bool:
     """Two batches in flight at once give what one after the other gives."""
     ep = groups_of(1, 1, 4).ep
     batches = [draw_batch(10 * seed + rank, 3 + seed + rank, 2) for seed in range(2)]
-    if is_ragged:
-        sent = [dispatch_all_to_all(*batch, num_local_experts=2, ep=ep) for batch in batches]
-        together = [combine_all_to_all(out.rows * 3, out, state, ep=ep) for out, state in sent]
-    else:
-        placed = [dispatch_fixed_capacity(*b, capacity=8, num_local_experts=2, ep=ep) for b in batches]
-        together = [combine_fixed_capacity(out.rows * 3, out, state, ep=ep) for out, state in placed]
+    sent = [send(batch, None if is_ragged else 8, ep) for batch in batches]
+    together = [combine(out.local.rows * 3, out, ep=ep) for out in sent]
     expected = [x * 3 * torch.where(ids >= 0, weights, 0).sum(1, keepdim=True) for x, ids, weights in batches]
     return all(torch.equal(found, wanted) for found, wanted in zip(together, expected, strict=True))
 
@@ -159,7 +153,8 @@ def test_micro_batches_interleave(ranks4: RankPool, is_ragged: bool) -> None:
 
 def through_one_signature(rank: int, kind: mo.Dispatch) -> tuple[torch.Tensor, bool]:
     ep = groups_of(1, 1, 4).ep
-    dispatched = dispatch(*draw_batch(rank, 5, 2), kind=kind, num_local_experts=2, ep=ep, capacity=5)
+    capacity = 5 if kind is mo.Dispatch.FIXED_CAPACITY else None
+    dispatched = dispatch(*draw_batch(rank, 5, 2), kind=kind, num_local_experts=2, ep=ep, capacity=capacity)
     return combine(dispatched.local.rows * 3, dispatched, ep=ep), dispatched.exchange is None
 
 
@@ -174,8 +169,11 @@ def test_one_signature_serves_every_kind(ranks4: RankPool, kind: mo.Dispatch) ->
 
 def test_bad_input_names_the_argument(fake_group4: str) -> None:
     batch, ep = draw_batch(0, 3, 2), mo.Group(fake_group4, 4, 0)
-    with pytest.raises(ValueError, match="capacity must be given with FIXED_CAPACITY, got None"):
+    message = "capacity must be given with FIXED_CAPACITY and with no other, got"
+    with pytest.raises(ValueError, match=f"{message} None"):
         dispatch(*batch, kind=mo.Dispatch.FIXED_CAPACITY, num_local_experts=2, ep=ep)
+    with pytest.raises(ValueError, match=f"{message} 5"):
+        dispatch(*batch, kind=mo.Dispatch.ALL_TO_ALL, num_local_experts=2, ep=ep, capacity=5)
     with pytest.raises(TypeError, match="kind must be a Dispatch, got 'local'"):
         dispatch(*batch, kind="local", num_local_experts=2, ep=ep)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_local_experts must be at least 1, got 0"):
@@ -207,21 +205,11 @@ def targets_of_the_graph(rank: int, strategy: mo.Strategy, dispatch: mo.Dispatch
         graphs.append(graph)
         return graph
 
-    groups = groups_of(2, 1, 2)
+    layout = mo.Layout(strategy, groups_of(2, 1, 2), dispatch)
     experts = mo.ExpertWeights(torch.zeros(2, 8, H), torch.zeros(2, H, 4))
 
     def stage(x: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return mo.moe_stage(
-            x,
-            logits,
-            experts,
-            routing=mo.Routing(2, E),
-            strategy=strategy,
-            groups=groups,
-            dispatch=dispatch,
-            mc2_mask=mask,
-            max_tokens_across_dp=mask.shape[0],
-        )
+        return mo.moe_stage(x, logits, experts, mo.Routing(2, E), layout, lengths=mo.Lengths(mask=mask))
 
     tensors = torch.zeros(5, H), torch.zeros(5, E), torch.ones(6, dtype=torch.bool)
     mo.mark_token_axes(*tensors)
@@ -258,6 +246,4 @@ def test_a_capture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, fake_grou
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ids = torch.zeros(2, 1, dtype=torch.int32).as_subclass(OnDevice)
     with pytest.raises(NotCapturableError, match=r"ALL_TO_ALL reads its split sizes on the host.*FIXED_CAPACITY can"):
-        dispatch_all_to_all(
-            torch.zeros(2, H), ids, torch.zeros(2, 1), num_local_experts=2, ep=mo.Group(fake_group4, 4, 0)
-        )
+        send((torch.zeros(2, H), ids, torch.zeros(2, 1)), None, mo.Group(fake_group4, 4, 0))

@@ -17,15 +17,15 @@ FORMS = [(Strategy.ALL2ALL, False), (Strategy.MC2, False), (Strategy.ALLGATHER, 
 Call = Callable[..., Any]
 
 
-@pytest.fixture
-def groups(fake_group4: str) -> mo.ParallelGroups:
-    group = mo.Group(fake_group4, W, 1)
-    return mo.ParallelGroups(tp=group, dp=group, ep=group)
+def layout_of(strategy: Strategy, sharded: bool, group: str, size: int = W, rank: int = 1) -> mo.Layout:
+    """Rank 1 of four: the DP form of ALLGATHER over DP, the others over TP."""
+    axis = mo.Group(group, size, rank)
+    is_dp = strategy is Strategy.ALLGATHER and not sharded
+    groups = mo.ParallelGroups(dp=axis, ep=axis) if is_dp else mo.ParallelGroups(tp=axis, ep=axis)
+    return mo.Layout(strategy, groups, tokens_are_sharded=sharded)
 
 
-def keywords(strategy: Strategy, sharded: bool, groups: mo.ParallelGroups) -> dict[str, Any]:
-    valid: dict[str, Any] = {"strategy": strategy, "tokens_are_sharded": sharded, "groups": groups}
-    return valid | {"padded_num_tokens": 8, "max_tokens_across_dp": 8, "num_tokens_across_ep": [2, T, 0, 1]}
+LONGEST = mo.Lengths(longest=8)
 
 
 def check_raises(kind: type[Exception], message: str, function: Call, tensors: list[torch.Tensor]) -> None:
@@ -42,8 +42,8 @@ def check_raises(kind: type[Exception], message: str, function: Call, tensors: l
     assert message in str(error.value)
 
 
-def prepare_with(**changed: Any) -> Call:
-    return lambda hidden, logits, **tensors: mo.prepare(hidden, logits, **changed, **tensors).hidden_states
+def prepare_with(layout: Any, lengths: Any = LONGEST, quant: Any = mo.Quant.NONE) -> Call:
+    return lambda hidden, logits: mo.prepare(hidden, logits, layout, lengths, quant).hidden_states
 
 
 @pytest.mark.parametrize(("strategy", "sharded"), FORMS)
@@ -80,125 +80,134 @@ def test_tensors(
     hidden: torch.Tensor,
     logits: torch.Tensor,
     message: str,
-    groups: mo.ParallelGroups,
+    fake_group4: str,
 ) -> None:
-    function = prepare_with(**keywords(strategy, sharded, groups))
+    function = prepare_with(layout_of(strategy, sharded, fake_group4))
     check_raises(kind, f"prepare: {message}", function, [hidden, logits])
 
 
+MASK = torch.ones(8, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("strategy", "sharded"), FORMS)
 @pytest.mark.parametrize(
-    ("strategy", "sharded", "changed", "kind", "message"),
+    ("lengths", "kind", "message"),
     [
+        (mo.Lengths(longest=4), ValueError, "rows of hidden_states must be at most lengths.longest = 4, got 5"),
+        (mo.Lengths(longest=-1), ValueError, "rows of hidden_states must be at most lengths.longest = -1, got 5"),
+        (mo.Lengths(longest=5.0), TypeError, "lengths.longest must be an integer, got 5.0"),
         (
-            Strategy.MC2,
-            False,
-            {"padded_num_tokens": 4},
+            mo.Lengths(per_rank=[5, 5, 5]),
             ValueError,
-            "rows of hidden_states must be at most padded_num_tokens = 4, got 5",
+            "lengths.per_rank must hold 4 counts, one for each EP rank, got 3",
         ),
+        (mo.Lengths(per_rank=[5, 4, 5, 5]), ValueError, "rows of hidden_states must be lengths.per_rank[1] = 4, got 5"),
+        (mo.Lengths(per_rank=[-1, 5, 2, 2]), ValueError, "lengths.per_rank must not be negative, got (-1, 5, 2, 2)"),
         (
-            Strategy.MC2,
-            True,
-            {"padded_num_tokens": 16},
-            ValueError,
-            "rows of hidden_states must be at most padded_num_tokens = 4, got 5",
-        ),
-        (
-            Strategy.MC2,
-            False,
-            {"padded_num_tokens": 10},
-            ValueError,
-            "padded_num_tokens must be a multiple of the size of the TP group = 4, got 10",
-        ),
-        (
-            Strategy.MC2,
-            False,
-            {"padded_num_tokens": None},
-            ValueError,
-            "MC2 needs padded_num_tokens or mc2_mask, got None for both",
-        ),
-        (
-            Strategy.ALLGATHER,
-            False,
-            {"max_tokens_across_dp": 4},
-            ValueError,
-            "rows of hidden_states must be at most max_tokens_across_dp = 4, got 5",
-        ),
-        (
-            Strategy.ALLGATHER,
-            True,
-            {"num_tokens_across_ep": [1, 2, 5]},
-            ValueError,
-            "num_tokens_across_ep must hold 4 counts, one for each EP rank, got 3",
-        ),
-        (
-            Strategy.ALLGATHER,
-            True,
-            {"num_tokens_across_ep": [5, 4, 5, 5]},
-            ValueError,
-            "rows of hidden_states must be num_tokens_across_ep[1] = 4, got 5",
-        ),
-        (
-            Strategy.ALLGATHER,
-            False,
-            {"strategy": "allgather"},
+            mo.Lengths(per_rank=torch.tensor([1, 5, 2, 2])),
             TypeError,
-            "strategy must be a Strategy, got 'allgather'",
+            "lengths.per_rank must be a sequence of integers, got a tensor",
         ),
-        (Strategy.ALLGATHER, False, {"quant": "int8"}, TypeError, "quant must be a Quant, got 'int8'"),
+        (
+            mo.Lengths(longest=8, per_rank=[5, 5, 5, 5]),
+            ValueError,
+            "lengths.longest must be the largest of lengths.per_rank = 5, got 8",
+        ),
+        (
+            mo.Lengths(equal=True, longest=8),
+            ValueError,
+            "lengths.longest must be rows of hidden_states (lengths.equal) = 5, got 8",
+        ),
+        (
+            mo.Lengths(equal=True, per_rank=[5, 5, 4, 5]),
+            ValueError,
+            "lengths.per_rank[2] must be rows of hidden_states (lengths.equal) = 5, got 4",
+        ),
+        (mo.Lengths(mask=MASK.view(8, 1)), ValueError, "lengths.mask must be 1-D, got 2-D of shape (8, 1)"),
+        (
+            mo.Lengths(mask=MASK.float()),
+            TypeError,
+            "lengths.mask must have one of the dtypes torch.bool, got torch.float32",
+        ),
+        (5, TypeError, "lengths must be a Lengths, got 5"),
     ],
+    ids=str,
 )
-def test_counts(
-    strategy: Strategy,
-    sharded: bool,
-    changed: dict[str, Any],
-    kind: type[Exception],
-    message: str,
-    groups: mo.ParallelGroups,
+def test_lengths(
+    strategy: Strategy, sharded: bool, lengths: Any, kind: type[Exception], message: str, fake_group4: str
 ) -> None:
-    function = prepare_with(**(keywords(strategy, sharded, groups) | changed))
+    function = prepare_with(layout_of(strategy, sharded, fake_group4), lengths)
     check_raises(kind, f"prepare: {message}", function, [torch.zeros(T, H), torch.zeros(T, E)])
 
 
-def test_tokens_beyond_the_pcp_length(fake_group4: str) -> None:
-    groups = mo.ParallelGroups(pcp=mo.Group(fake_group4, W, 1))
-    function = prepare_with(strategy=Strategy.ALLGATHER, groups=groups, max_tokens_across_pcp=4)
-    message = "prepare: rows before the PCP gather must be at most max_tokens_across_pcp = 4, got 5"
-    check_raises(ValueError, message, function, [torch.zeros(T, H), torch.zeros(T, E)])
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("shared_expert_dp", [False, True])
 @pytest.mark.parametrize(
-    ("mask", "kind", "message"),
+    ("strategy", "sharded", "rows", "more", "message"),
     [
-        (torch.ones(12, dtype=torch.bool), ValueError, "rows of mc2_mask must be padded_num_tokens = 20, got 12"),
-        (torch.ones(20, 1, dtype=torch.bool), ValueError, "mc2_mask must be 1-D, got 2-D of shape (20, 1)"),
-        (torch.ones(20), TypeError, "mc2_mask must have one of the dtypes torch.bool, got torch.float32"),
+        (
+            Strategy.ALL2ALL,
+            False,
+            10,
+            {},
+            "rows of lengths.mask must be a multiple of the size of the TP group = 4, got 10",
+        ),
+        (Strategy.ALL2ALL, False, 4, {}, "rows of hidden_states must be at most rows of lengths.mask = 4, got 5"),
+        (Strategy.MC2, False, 4, {}, "rows of hidden_states must be at most rows of lengths.mask = 4, got 5"),
+        (Strategy.ALLGATHER, False, 4, {}, "rows of hidden_states must be at most rows of lengths.mask = 4, got 5"),
+        (Strategy.MC2, False, 8, {"longest": 9}, "lengths.longest must be at most rows of lengths.mask = 8, got 9"),
+        (
+            Strategy.ALLGATHER,
+            True,
+            16,
+            {},
+            "rows of hidden_states must be at most rows of lengths.mask / TP = 4, got 5",
+        ),
+        (
+            Strategy.MC2,
+            True,
+            20,
+            {"per_rank": [1, 5, 6, 2]},
+            "lengths.longest must be at most rows of lengths.mask / TP = 5, got 6",
+        ),
     ],
-    ids=["length", "dimensions", "dtype"],
 )
 def test_masks(
-    sharded: bool,
-    shared_expert_dp: bool,
-    mask: torch.Tensor,
-    kind: type[Exception],
-    message: str,
-    groups: mo.ParallelGroups,
+    strategy: Strategy, sharded: bool, rows: int, more: dict[str, Any], message: str, fake_group4: str
 ) -> None:
-    def function(hidden: torch.Tensor, logits: torch.Tensor, mc2_mask: torch.Tensor) -> torch.Tensor:
-        return mo.prepare(
-            hidden,
-            logits,
-            strategy=Strategy.MC2,
-            groups=groups,
-            padded_num_tokens=20,
-            mc2_mask=mc2_mask,
-            tokens_are_sharded=sharded,
-            shared_expert_dp=shared_expert_dp,
-        ).hidden_states
+    layout = layout_of(strategy, sharded, fake_group4)
 
-    check_raises(kind, f"prepare: {message}", function, [torch.zeros(T, H), torch.zeros(T, E), mask])
+    def function(hidden: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return mo.prepare(hidden, logits, layout, mo.Lengths(mask=mask, **more)).hidden_states
+
+    mask = torch.ones(rows, dtype=torch.bool)
+    check_raises(ValueError, f"prepare: {message}", function, [torch.zeros(T, H), torch.zeros(T, E), mask])
+
+
+@pytest.mark.parametrize(("strategy", "sharded"), FORMS[1:])
+def test_a_form_that_needs_lengths_says_so(strategy: Strategy, sharded: bool, fake_group4: str) -> None:
+    layout, form = layout_of(strategy, sharded, fake_group4), strategy.name
+    message = "lengths must say how many tokens other ranks have (longest, equal, per_rank or mask) for"
+    function = prepare_with(layout, mo.Lengths())
+    check_raises(ValueError, f"prepare: {message} {form}", function, [torch.zeros(T, H), torch.zeros(T, E)])
+
+
+def test_other_arguments_of_another_kind(fake_group4: str) -> None:
+    tensors, layout = [torch.zeros(T, H), torch.zeros(T, E)], layout_of(Strategy.ALLGATHER, True, fake_group4)
+    wrong = layout._replace(strategy="allgather")
+    for function, message in (
+        (prepare_with(Strategy.ALLGATHER), "prepare: layout must be a Layout, got <Strategy.ALLGATHER: 'allgather'>"),
+        (prepare_with(wrong), "prepare: layout.strategy must be a Strategy, got 'allgather'"),
+        (prepare_with(layout, quant="int8"), "prepare: quant must be a Quant, got 'int8'"),
+    ):
+        with pytest.raises(TypeError) as error:
+            function(*tensors)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("strategy", "sharded"), FORMS[:3])
+def test_prepare_refuses_to_quantise_where_dispatch_does(strategy: Strategy, sharded: bool, fake_group4: str) -> None:
+    function = prepare_with(layout_of(strategy, sharded, fake_group4), quant=mo.Quant.W8A8)
+    with pytest.raises(ValueError, match=r"prepare: quant must be NONE for .*, got Quant\.W8A8"):
+        function(torch.zeros(T, H), torch.zeros(T, E))
 
 
 @pytest.mark.parametrize(("strategy", "sharded"), FORMS)
@@ -219,51 +228,56 @@ def test_groups(
     message: str,
     fake_group4: str,
 ) -> None:
-    group = mo.Group(name or fake_group4, size, 1)
-    groups = mo.ParallelGroups(tp=group, dp=group, ep=group)
-    changed = {"padded_num_tokens": 12, "num_tokens_across_ep": None}
-    function = prepare_with(**(keywords(strategy, sharded, groups) | changed))
+    function = prepare_with(layout_of(strategy, sharded, name or fake_group4, size))
     check_raises(kind, message, function, [torch.zeros(T, H), torch.zeros(T, E)])
 
 
 @pytest.mark.parametrize(("strategy", "sharded"), FORMS)
-def test_finalize_takes_the_rows_that_prepare_returned(
-    strategy: Strategy, sharded: bool, groups: mo.ParallelGroups
-) -> None:
-    out = mo.prepare(torch.zeros(T, H), torch.zeros(T, E), **keywords(strategy, sharded, groups))
+def test_finalize_takes_the_rows_that_prepare_returned(strategy: Strategy, sharded: bool, fake_group4: str) -> None:
+    layout = layout_of(strategy, sharded, fake_group4)
+    out = mo.prepare(torch.zeros(T, H), torch.zeros(T, E), layout, LONGEST)
     rows = out.hidden_states.shape[0]
 
     def function(y: torch.Tensor) -> torch.Tensor:
-        return mo.finalize(y, out.state, strategy=strategy, groups=groups)
+        return mo.finalize(y, out.state, layout)
 
     message = f"finalize: rows of hidden_states must be the rows that prepare returned = {rows}, got {rows + 1}"
     check_raises(ValueError, message, function, [torch.zeros(rows + 1, H)])
     check_raises(ValueError, "finalize: hidden_states must be 2-D, got 1-D", function, [torch.zeros(rows)])
 
 
-def test_finalize_takes_the_state_of_its_strategy(groups: mo.ParallelGroups) -> None:
+def test_finalize_takes_the_state_of_its_form(fake_group4: str) -> None:
     x, logits = torch.zeros(T, H), torch.zeros(T, E)
-    chunk = mo.prepare(x, logits, **keywords(Strategy.ALL2ALL, False, groups)).state
-    gathered = mo.prepare(x, logits, **keywords(Strategy.ALLGATHER, False, groups)).state
-    with pytest.raises(TypeError, match="state must be that of an ALLGATHER prepare, got ShardState"):
-        mo.finalize(x, chunk, strategy=Strategy.ALLGATHER, groups=groups)
-    for strategy in (Strategy.ALL2ALL, Strategy.MC2):
-        with pytest.raises(TypeError, match="state must be that of an ALL2ALL or MC2 prepare, got DataParallelState"):
-            mo.finalize(x, gathered, strategy=strategy, groups=groups)
+    layouts = [layout_of(*form, fake_group4) for form in FORMS]
+    states = [mo.prepare(x, logits, layout, LONGEST).state for layout in layouts]
+    for layout, state in ((layout, state) for layout in layouts for state in states):
+        of_exchange = layout.strategy is not Strategy.ALLGATHER
+        wanted = (mo.types.ShardState, mo.types.ExpertParallelState, mo.types.DataParallelState)
+        kind = wanted[0 if of_exchange else 1 if layout.tokens_are_sharded else 2]
+        if isinstance(state, kind):
+            continue
+        for step in (mo.finalize, mo.lay_out_like_prepared):
+            tensor = x if step is mo.finalize else torch.zeros(T, dtype=torch.int64)
+            with pytest.raises(TypeError, match=f"state must be that of an .* prepare.*, got {type(state).__name__}"):
+                step(tensor, state, layout)
 
 
-@pytest.mark.parametrize("strategy", ALL, ids=lambda s: s.value)
-def test_lay_out_takes_integers_of_the_tokens(strategy: Strategy, groups: mo.ParallelGroups) -> None:
-    state = mo.prepare(torch.zeros(T, H), torch.zeros(T, E), **keywords(strategy, False, groups)).state
-    with pytest.raises(ValueError, match=r"rows of input_ids must be state\.num_tokens = 5, got 4"):
-        mo.lay_out_like_prepared(torch.zeros(4, dtype=torch.int64), state, strategy=strategy, groups=groups)
-    with pytest.raises(TypeError, match=r"input_ids must have one of the dtypes torch\.int64.*, got torch\.float32"):
-        mo.lay_out_like_prepared(torch.zeros(T), state, strategy=strategy, groups=groups)
+@pytest.mark.parametrize(("strategy", "sharded"), FORMS)
+def test_lay_out_takes_integers_of_the_tokens(strategy: Strategy, sharded: bool, fake_group4: str) -> None:
+    layout = layout_of(strategy, sharded, fake_group4)
+    state = mo.prepare(torch.zeros(T, H), torch.zeros(T, E), layout, LONGEST).state
+    with pytest.raises(ValueError, match=r"rows of x must be state\.num_tokens = 5, got 4"):
+        mo.lay_out_like_prepared(torch.zeros(4, dtype=torch.int64), state, layout)
+    with pytest.raises(TypeError, match=r"x must have one of the dtypes torch\.int64.*, got torch\.float32"):
+        mo.lay_out_like_prepared(torch.zeros(T), state, layout)
+    with pytest.raises(ValueError, match="x must have at least 1 dimension, got 0-D"):
+        mo.lay_out_like_prepared(torch.tensor(1), state, layout)
 
 
-def test_compiled_code_refuses_a_count_that_it_was_not_traced_with(groups: mo.ParallelGroups) -> None:
+def test_compiled_code_refuses_a_count_that_it_was_not_traced_with(fake_group4: str) -> None:
     """The graph knows no token count: torch checks at run time what the ops demand, in words of its own."""
-    compiled = torch.compile(prepare_with(**keywords(Strategy.MC2, False, groups)), backend="aot_eager", fullgraph=True)
+    function = prepare_with(layout_of(Strategy.MC2, False, fake_group4))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
 
     def call(num_tokens: int) -> torch.Tensor:
         tensors = torch.zeros(num_tokens, H), torch.zeros(num_tokens, E)
@@ -275,43 +289,29 @@ def test_compiled_code_refuses_a_count_that_it_was_not_traced_with(groups: mo.Pa
         call(9)
 
 
-def test_more_arguments_that_are_refused(groups: mo.ParallelGroups) -> None:
+def test_ranks_are_those_of_the_group(fake_group4: str) -> None:
     x, logits = torch.zeros(T, H), torch.zeros(T, E)
-    with pytest.raises(ValueError, match=r"num_tokens_across_ep must not be negative, got \(-1, 5, 2, 2\)"):
-        prepare_with(**(keywords(Strategy.ALLGATHER, True, groups) | {"num_tokens_across_ep": [-1, T, 2, 2]}))(
-            x, logits
-        )
-    counts = keywords(Strategy.ALLGATHER, True, groups) | {"num_tokens_across_ep": torch.tensor([1, T, 2, 2])}
-    with pytest.raises(TypeError, match="num_tokens_across_ep must be a sequence of integers, got a tensor"):
-        prepare_with(**counts)(x, logits)
     for rank in (-1, W):
-        wrong = groups._replace(tp=groups.tp._replace(rank=rank), ep=groups.ep._replace(rank=rank))
-        for strategy, sharded in ((Strategy.ALL2ALL, False), (Strategy.MC2, False), (Strategy.ALLGATHER, True)):
+        for strategy in (Strategy.ALL2ALL, Strategy.MC2):
             with pytest.raises(ValueError, match=rf"rank must be in \[0, 4\), got {rank}"):
-                prepare_with(
-                    **(keywords(strategy, sharded, wrong) | {"num_tokens_across_ep": None}),
-                )(x, logits)
-    state = mo.prepare(x, logits, strategy=Strategy.ALLGATHER, groups=mo.ParallelGroups(tp=groups.tp)).state
-    wrong = mo.ParallelGroups(tp=groups.tp._replace(size=3))
+                prepare_with(layout_of(strategy, False, fake_group4, rank=rank))(x, logits)
+    layout = mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups(tp=mo.Group(fake_group4, W, 1)))
+    state = mo.prepare(x, logits, layout).state
+    wrong = layout._replace(groups=mo.ParallelGroups(tp=mo.Group(fake_group4, 3, 1)))
     with pytest.raises(ValueError, match=r"finalize: tp group '.*' must have size 4, that of its process group, got 3"):
-        mo.finalize(x, state, strategy=Strategy.ALLGATHER, groups=wrong, reduce_results=True)
-    with pytest.raises(ValueError, match="input_ids must have at least 1 dimension, got 0-D"):
-        mo.lay_out_like_prepared(torch.tensor(1), state, strategy=Strategy.ALLGATHER, groups=groups)
+        mo.finalize(x, state, wrong, reduce_results=True)
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=lambda s: s.value)
 def test_scalars_are_refused(strategy: Strategy) -> None:
-    scalar, groups = torch.tensor(1.0), mo.ParallelGroups()
+    scalar, layout = torch.tensor(1.0), mo.Layout(strategy, mo.ParallelGroups())
     with pytest.raises(ValueError, match="hidden_states must be 2-D, got 0-D"):
-        mo.prepare(scalar, torch.zeros(1, E), strategy=strategy, groups=groups, mc2_mask=torch.ones(1).bool())
-    if strategy is Strategy.MC2:
-        with pytest.raises(ValueError, match="mc2_mask must be 1-D, got 0-D"):
-            mo.prepare(torch.zeros(1, H), torch.zeros(1, E), strategy=strategy, groups=groups, mc2_mask=scalar.bool())
-    state = mo.prepare(
-        torch.zeros(1, H), torch.zeros(1, E), strategy=strategy, groups=groups, padded_num_tokens=1
-    ).state
+        mo.prepare(scalar, torch.zeros(1, E), layout)
+    with pytest.raises(ValueError, match=r"lengths\.mask must be 1-D, got 0-D"):
+        mo.prepare(torch.zeros(1, H), torch.zeros(1, E), layout, mo.Lengths(mask=scalar.bool()))
+    state = mo.prepare(torch.zeros(1, H), torch.zeros(1, E), layout).state
     with pytest.raises(ValueError, match="hidden_states must be 2-D, got 0-D"):
-        mo.finalize(scalar, state, strategy=strategy, groups=groups)
+        mo.finalize(scalar, state, layout)
 
 
 def test_counts_of_tokens_are_not_negative() -> None:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import moe_ops as mo
-from moe_ops.collectives import start_gather_rows
-from moe_ops.dispatchers.copies import start_send_copies
+from moe_ops.collectives import gather_rows
+from moe_ops.dispatchers.copies import send_copies
+from moe_ops.dispatchers.local import combine_local, dispatch_local, weigh_input
+from moe_ops.experts import run_experts
 from moe_ops.route import route
 from moe_ops.traffic import count_traffic
 
@@ -26,11 +29,15 @@ OPS = torch.ops.moe_ops
 WEIGHTS = ("w13", "w2", "w13_bias", "w2_bias")
 
 
+ALONE = mo.Layout(mo.Strategy.ALL2ALL, mo.ParallelGroups())
+
+
 class Gradients(NamedTuple):
     """Of one rank, or of the oracle; None where there is no such tensor."""
 
     hidden: torch.Tensor
     logits: torch.Tensor
+    weights: torch.Tensor
     experts: dict[str, torch.Tensor | None]
     shared: dict[str, torch.Tensor | None]
 
@@ -56,13 +63,16 @@ def differentiate(rank: int, problem: Problem, stage: Any, experts: Any, shared:
     inputs = make_inputs(rank, problem)
     inputs.hidden.requires_grad_()
     inputs.logits.requires_grad_()
+    inputs.topk_weights.requires_grad_()
     for weights in (experts, shared):
         for tensor in weights or ():
             if isinstance(tensor, torch.Tensor):
                 tensor.grad = None
     (stage(inputs) * cotangent(problem, rank)).sum().backward()
     shared_grads = {} if shared is None else grads_of(shared)
-    return Gradients(inputs.hidden.grad, inputs.logits.grad, grads_of(experts), shared_grads)
+    return Gradients(
+        *(x.grad for x in (inputs.hidden, inputs.logits, inputs.topk_weights)), grads_of(experts), shared_grads
+    )
 
 
 def own_leaves(rank: int, problem: Problem) -> tuple[mo.ExpertWeights, mo.SharedExperts | None]:
@@ -92,36 +102,38 @@ def run_compiled_backward(rank: int, problem: Problem, all_counts: list[tuple[in
     return results, counter.frame_count
 
 
-def expected_gradients(problem: Problem) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], Gradients]:
-    """Of each owner's tokens, and of all experts and shared experts."""
+def expected_gradients(problem: Problem) -> tuple[dict[int, list[torch.Tensor | None]], Gradients]:
+    """Of each owner's tokens, logits and weights of its choice, and of all experts and shared experts."""
     plain = problem.experts()
     experts = leaves(plain._replace(**{name: to_double(getattr(plain, name)) for name in WEIGHTS}))
     shared = problem.shared_experts()
     if shared is not None:
         shared = leaves(shared._replace(w13=shared.w13.double(), w2=shared.w2.double(), gate=to_double(shared.gate)))
-    tokens: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    tokens: dict[int, tuple[torch.Tensor, ...]] = {}
     total = torch.zeros((), dtype=torch.float64)
     nothing = problem.routing._replace(routed_scaling_factor=0.0)
     for rank in range(4):
         owner, num_real = problem.owner(rank), problem.num_real(rank)
-        hidden, logits, input_ids = problem.tokens(owner)
+        ids, weights = problem.choice(owner)
         if owner not in tokens:
-            tokens[owner] = hidden.double().requires_grad_(), logits.double().requires_grad_()
-        hidden, logits = tokens[owner]
+            tokens[owner] = tuple(x.double().requires_grad_() for x in (*problem.tokens(owner), weights))
+        hidden, logits, weights = tokens[owner]
         real = dense_moe(
             hidden[:num_real],
             logits[:num_real],
             experts,
             problem.routing,
-            input_ids=input_ids[:num_real],
+            topk_ids=None if problem.chosen == "by-logits" else ids[:num_real],
+            topk_weights=weights[:num_real] if problem.chosen == "ids-and-weights" else None,
             shared=shared,
         )
-        rest = dense_moe(hidden[num_real:], logits[num_real:], experts, nothing, input_ids=None, shared=shared)
+        rest = dense_moe(hidden[num_real:], logits[num_real:], experts, nothing, shared=shared)
         total = total + (torch.cat([real, rest]) * cotangent(problem, rank)).sum()
     total.backward()
     shared_grads = {} if shared is None else grads_of(shared)
-    return {owner: (pair[0].grad, pair[1].grad) for owner, pair in tokens.items()}, Gradients(
-        torch.empty(0), torch.empty(0), grads_of(experts), shared_grads
+    nothing = torch.empty(0)
+    return {owner: [x.grad for x in inputs] for owner, inputs in tokens.items()}, Gradients(
+        nothing, nothing, nothing, grads_of(experts), shared_grads
     )
 
 
@@ -137,12 +149,17 @@ def assert_close(found: torch.Tensor | None, wanted: torch.Tensor | None, tolera
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=0.5)
 
 
+def sum_of(grads: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    there = [grad.double() for grad in grads if grad is not None]
+    return sum(there) if there else None
+
+
 def check(problem: Problem, found: list[Gradients], tolerance: float) -> None:
     tokens, whole = expected_gradients(problem)
     for owner, wanted in tokens.items():
         mine = [found[rank] for rank in range(4) if problem.owner(rank) == owner]
-        assert_close(sum(grads.hidden.double() for grads in mine), wanted[0], tolerance)
-        assert_close(sum(grads.logits.double() for grads in mine), wanted[1], tolerance)
+        for of_input, expected in zip(zip(*(grads[:3] for grads in mine), strict=True), wanted, strict=True):
+            assert_close(sum_of(of_input), expected, tolerance)
     as_weights = problem.experts()._replace(**whole.experts)
     for rank in range(4):
         wanted_experts = own_experts_of(problem, as_weights, rank)
@@ -183,6 +200,10 @@ def shared_part(problem: Problem, grads: dict[str, Any], tp_rank: int) -> dict[s
 @settings(max_examples=40)
 def test_every_form_agrees_with_the_oracle(ranks4: RankPool, form: str, data: st.DataObject) -> None:
     problem = data.draw(problems(form))
+    if problem.dtype is not torch.float32 and problem.activation == "swigluoai":
+        problem = problem._replace(
+            activation="gelu"
+        )  # its clamp has no gradient at 7, where rounding moves values across
     tolerance = 1e-4 if problem.dtype is torch.float32 else 32 * 2.0**-8  # some sums of halves cancel
     check(problem, ranks4.run(run_backward, problem), tolerance)
 
@@ -192,11 +213,17 @@ COMPILED = {
     "plain": {},
     "rich": {"routing": RICH, "has_bias": True, "activation": "swigluoai", "shared": "sharded"},
     "on-input": {"routing": mo.Routing(2, E, apply_router_weight_on_input=True), "shared": "replicated"},
+    "chosen": {"chosen": "ids-and-weights", "said": ("per_rank",)},
 }
+COVERING = [
+    # Each form meets two kinds, each kind one form of each family (see test_stage_compile.py), and Inductor each family.
+    *((form, kind, "aot_eager") for form, kind in zip(FORMS, [*COMPILED] * 3, strict=False)),
+    *((form, kind, "aot_eager") for form, kind in zip(FORMS, [*reversed(COMPILED)] * 3, strict=False)),
+    *((form, "rich", "inductor") for form in ("all2all", "mc2", "allgather-dp", "allgather-ep")),
+]
 
 
-@pytest.mark.parametrize(("kind", "backend"), [*((kind, "aot_eager") for kind in COMPILED), ("rich", "inductor")])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "kind", "backend"), COVERING)
 def test_forward_and_backward_are_one_graph_for_all_counts(
     ranks4: RankPool, form: str, kind: str, backend: str
 ) -> None:
@@ -271,20 +298,18 @@ def test_rows_that_are_not_used_may_hold_nan() -> None:
 def test_quantised_activations_have_no_gradient_and_say_so(quant: mo.Quant) -> None:
     x, logits = draw(3, 8), draw(3, E)
     experts = Problem("all2all").experts()
-    stage = {"routing": mo.Routing(2, E), "strategy": mo.Strategy.ALL2ALL, "groups": mo.ParallelGroups()}
     with pytest.raises(RuntimeError, match="hidden_states must not require a gradient, for quantised values have none"):
-        mo.moe_stage(x, logits, experts, quant=quant, **stage)
+        mo.moe_stage(x, logits, experts, mo.Routing(2, E), ALONE, quant=quant)
     with torch.no_grad():
-        assert mo.moe_stage(x, logits, experts, quant=quant, **stage).shape == x.shape
+        assert mo.moe_stage(x, logits, experts, mo.Routing(2, E), ALONE, quant=quant).shape == x.shape
 
 
 def test_tokens_have_a_gradient_through_quantised_weights() -> None:
     problem = Problem("all2all", weight_quant=mo.Quant.W8A8)
     x, logits = draw(3, 8), draw(3, E)
-    stage = {"routing": mo.Routing(2, E), "strategy": mo.Strategy.ALL2ALL, "groups": mo.ParallelGroups()}
-    mo.moe_stage(x, logits, problem.quantized_experts(), **stage).sum().backward()
+    mo.moe_stage(x, logits, problem.quantized_experts(), mo.Routing(2, E), ALONE).sum().backward()
     wanted = x.detach().double().requires_grad_()
-    dense_moe(wanted, logits.detach(), problem.rounded_experts(), stage["routing"]).sum().backward()
+    dense_moe(wanted, logits.detach(), problem.rounded_experts(), mo.Routing(2, E)).sum().backward()
     torch.testing.assert_close(x.grad.double(), wanted.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -353,10 +378,10 @@ def run_second_order_of_a_transport(rank: int, send: bool) -> str:
     """Nothing but the transport, so that no other op raises first."""
     group, x = groups_of(4, 1, 1).ep, torch.randn(4, 2).requires_grad_()
     if send:
-        finish = start_send_copies([x], torch.arange(16).view(4, 4), [0], 16, 4, group.name)
+        wait = send_copies([x], torch.arange(16).view(4, 4), 16, 4, group.name)
     else:
-        finish = start_gather_rows([x], rows=4, fill=[0], size=4, group=group.name)
-    (grad,) = torch.autograd.grad(finish()[0].square().sum(), x, create_graph=True)
+        wait = gather_rows([x], rows=4, fill=[0], size=4, group=group.name)
+    (grad,) = torch.autograd.grad(wait()[0].square().sum(), x, create_graph=True)
     try:
         grad.square().sum().backward()
     except RuntimeError as error:
@@ -368,3 +393,64 @@ def run_second_order_of_a_transport(rank: int, send: bool) -> str:
 def test_second_order_gradients_of_a_transport_are_an_error(ranks4: RankPool, send: bool) -> None:
     for error in ranks4.run(run_second_order_of_a_transport, send):
         assert "once_differentiable" in error
+
+
+def test_the_reference_has_the_gradients_of_the_oracle() -> None:
+    """The router's, too."""
+    problem = Problem("all2all", counts=(5, 0, 0, 0), shared="replicated", has_bias=True, seed=3)
+    hidden, logits = problem.tokens(0)
+    experts = leaves(problem.experts())
+    found = hidden.clone().requires_grad_(), logits.clone().requires_grad_()
+    mo.reference.moe_stage(*found, experts, problem.routing, shared_experts=problem.shared_experts()).sum().backward()
+    wanted = hidden.double().requires_grad_(), logits.double().requires_grad_()
+    whole = leaves(problem.experts())
+    dense_moe(*wanted, whole, problem.routing, shared=problem.shared_experts()).sum().backward()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.grad.abs().max() > 0
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+    for name in WEIGHTS:
+        torch.testing.assert_close(grads_of(experts)[name], grads_of(whole)[name], rtol=1e-5, atol=1e-6)
+
+
+CHOICE = torch.tensor([[0], [3], [-1]]), torch.ones(3, 1)
+DISPATCHED = dispatch_local(torch.zeros(3, 8), *CHOICE, first_expert=0, num_local_experts=E)
+TANGENTS = {
+    "moe_stage": lambda x: mo.moe_stage(x, torch.zeros(3, E), Problem("all2all").experts(), mo.Routing(2, E), ALONE),
+    "prepare": lambda x: mo.prepare(x, torch.zeros(3, E), ALONE).hidden_states,
+    "finalize": lambda x: mo.finalize(x, mo.prepare(torch.zeros(3, 8), torch.zeros(3, E), ALONE).state, ALONE),
+    "route": lambda x: route(x, mo.Routing(2, E))[0],
+    "dispatch": lambda x: dispatch_local(x, *CHOICE, first_expert=0, num_local_experts=E).rows,
+    "weigh_input": lambda x: weigh_input(x, DISPATCHED.state),
+    "combine": lambda x: combine_local(x, DISPATCHED.state),
+    "experts": lambda x: run_experts(x, DISPATCHED.counts, Problem("all2all").experts()),
+    "quantize_activations": lambda x: mo.quantize_activations(x, quant=mo.Quant.W8A8)[1],
+    "pack_rows": lambda x: OPS.pack_rows([x], 4, [0]),
+    "chunk_tokens": lambda x: OPS.chunk_tokens(x, 4, 2, 0),
+    "quantize_int8": lambda x: OPS.quantize_int8(x)[1],
+}
+LEAVES = {"pack_rows", "quantize_int8"}
+"""torch.func.jvp shows ops that compute no tangents."""
+
+
+@pytest.mark.parametrize("what", TANGENTS)
+def test_forward_mode_is_an_error(what: str) -> None:
+    """No op has a formula for it: what came would be zeros."""
+    x = torch.randn(3, 8)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="arguments must have no tangents"):
+        TANGENTS[what](forward_ad.make_dual(x, torch.ones_like(x)))
+    with forward_ad.dual_level():
+        TANGENTS[what](x)  # another computation's tangents do not matter
+
+
+@pytest.mark.parametrize("what", [what for what in TANGENTS if what not in LEAVES])
+def test_forward_mode_is_an_error_of_functions_under_jvp(what: str) -> None:
+    x = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match="arguments must have no tangents"):
+        torch.func.jvp(TANGENTS[what], (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_half_precision(ranks4: RankPool, dtype: torch.dtype) -> None:
+    for form in ("all2all", "mc2", "allgather-dp", "allgather-ep"):
+        problem = Problem(form, dtype=dtype, has_bias=True, seed=5)
+        check(problem, ranks4.run(run_backward, problem), 32 * 2.0**-8)

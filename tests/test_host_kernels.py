@@ -7,11 +7,11 @@ from hypothesis import given
 from torch.utils._pytree import tree_leaves
 
 from moe_ops import experts
-from moe_ops._library import BODIES, PORTABLE
+from moe_ops._library import KERNELS, PORTABLE
 from moe_ops.backends import npu_kernels
 from moe_ops.dispatchers import local
 
-from .test_opcheck import LEAF_CASES
+from .op_cases import LEAVES, Sizes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 E, H, N = 4, 8, 16
@@ -88,11 +88,11 @@ def test_a_cpu_takes_the_second(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops::{op}", "CPU")
 
 
-@pytest.mark.parametrize("op", [op for op in LEAF_CASES if npu_kernels.KEY in BODIES.get(op, {})])
+@pytest.mark.parametrize("op", [op for op in LEAVES if npu_kernels.KEY in KERNELS.get(op, {})])
 def test_another_device_of_the_key_of_npus_takes_the_portable_kernel(op: str) -> None:
     """The key is that of any device outside of torch."""
-    arguments = LEAF_CASES[op](5)
-    found, expected = BODIES[op][npu_kernels.KEY](*arguments), BODIES[op][PORTABLE](*arguments)
+    arguments = LEAVES[op](Sizes(5))
+    found, expected = KERNELS[op][npu_kernels.KEY](*arguments), KERNELS[op][PORTABLE](*arguments)
     for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         assert torch.equal(as_bytes(one), as_bytes(other))
 

@@ -31,8 +31,8 @@ def test_no_tokens_need_no_rows() -> None:
     assert [layout.padded_rows(count, 4) for count in (0, 1, 3, 4, 5)] == [0, 4, 4, 4, 8]
 
 
-@given(num_tokens=st.integers(2, 5000), size=SIZES, rank=st.integers(0, 63))
-def test_symbolic_ints_give_the_same_and_are_not_guarded(num_tokens: int, size: int, rank: int) -> None:
+@given(num_tokens=st.integers(2, 5000), size=SIZES)
+def test_symbolic_ints_give_the_same_and_are_not_guarded(num_tokens: int, size: int) -> None:
     count = symbolic(num_tokens)
     found = [
         layout.ceil_div(count, size),
@@ -40,22 +40,20 @@ def test_symbolic_ints_give_the_same_and_are_not_guarded(num_tokens: int, size: 
         layout.padded_rows(count, size),
         *layout.offsets([count, 3, count]),
         layout.largest([3, count]),
-        layout.common_rows(count, None, None, size),
-        layout.common_rows(0, count, None, size),
-        layout.common_rows(0, None, [1, count], size),
-        layout.gathered_row(rank, 1, 0, max_tokens_across_dp=count, max_tokens_across_pcp=3),
+        layout.total([3, count]),
     ]
     assert not count.node.shape_env.guards
     rows = -(-num_tokens // size)
     plain = [rows, rows, rows * size, 0, num_tokens, num_tokens + 3]
-    plain += [max(3, num_tokens), num_tokens, rows, num_tokens, rank * 3 + num_tokens]
+    plain += [max(3, num_tokens), 3 + num_tokens]
     assert [int(value) for value in found] == plain
 
 
 @given(counts=st.lists(COUNTS, min_size=1, max_size=20))
-def test_offsets_and_largest(counts: list[int]) -> None:
+def test_offsets_largest_and_total(counts: list[int]) -> None:
     assert layout.offsets(counts) == [sum(counts[:index]) for index in range(len(counts))]
     assert layout.largest(counts) == max(counts)
+    assert layout.total(counts) == sum(counts)
 
 
 def test_ranks_are_laid_out_tp_fastest() -> None:
@@ -66,13 +64,3 @@ def test_ranks_are_laid_out_tp_fastest() -> None:
         for t in range(4)
     ]
     assert ranks == list(range(24))
-
-
-def test_rows_are_gathered_over_dp_inside_pcp() -> None:
-    rows = [
-        layout.gathered_row(p, d, token, max_tokens_across_dp=3, max_tokens_across_pcp=7)
-        for p in range(2)
-        for d in range(2)
-        for token in range(3)
-    ]
-    assert rows == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]

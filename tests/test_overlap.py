@@ -13,7 +13,8 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops as mo
-from moe_ops.overlap import Finish, Result, Steps, Transfer
+from moe_ops._library import Wait
+from moe_ops.overlap import Result, Steps, Transfer
 
 from .problems import FORMS, Problem, expected_of, make_inputs, make_stage, problems, run_stage
 from .ranks import RankPool
@@ -22,7 +23,7 @@ LEAF, COLLECTIVE, WAIT = "moe_ops.", "_c10d_functional.", "_c10d_functional.wait
 
 
 def stream(name: str, log: list[str], num_transfers: int) -> Steps[str]:
-    def start(index: int) -> Finish[int]:
+    def start(index: int) -> Wait[int]:
         log.append(f"{name}{index} start")
 
         def finish() -> int:
@@ -33,9 +34,8 @@ def stream(name: str, log: list[str], num_transfers: int) -> Steps[str]:
 
     for index in range(num_transfers):
         log.append(f"{name} computes")
-        transfer = Transfer(partial(start, index), partial(log.append, f"{name} meanwhile"))
-        yield transfer
-        assert transfer.arrived == index
+        arrived, _ = yield Transfer(partial(start, index), partial(log.append, f"{name} meanwhile"))
+        assert arrived == index
     log.append(f"{name} ends")
     yield Result(name)
 
@@ -235,3 +235,23 @@ def test_what_is_no_stream_is_named() -> None:
     mo.interleave(spent)
     with pytest.raises(RuntimeError, match="streams must end with a Result, and be run once"):
         mo.interleave(spent)
+
+
+@pytest.mark.parametrize("error", [TypeError("mine"), ValueError("mine"), StopIteration("mine")])
+@pytest.mark.parametrize("where", ["computes", "starts", "waits"])
+def test_what_a_stream_raises_is_not_hidden(error: Exception, where: str) -> None:
+    """A StopIteration comes as the RuntimeError that Python makes of it in a generator."""
+
+    def fail() -> Any:
+        raise error
+
+    def failing() -> Steps[str]:
+        if where == "computes":
+            fail()
+        yield Transfer(fail if where == "starts" else lambda: fail)
+        yield Result("never")
+
+    kind = RuntimeError if isinstance(error, StopIteration) and where == "computes" else type(error)
+    with pytest.raises(kind) as raised:
+        mo.interleave(stream("a", [], 2), failing())
+    assert raised.value is error or raised.value.__cause__ is error

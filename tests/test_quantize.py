@@ -174,7 +174,7 @@ def test_bad_input_names_the_argument() -> None:
         mo.quantize_activations(torch.ones(2, 4), quant=Quant.NONE)
     with pytest.raises(TypeError, match="quant must be a Quant, got 'w8a8'"):
         mo.quantize_activations(torch.ones(2, 4), quant="w8a8")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"quantized must have one of the dtypes torch.float4_e2m1fn_x2"):
+    with pytest.raises(TypeError, match=r"quantized must have one of the dtypes torch.uint8, torch.float4_e2m1fn_x2"):
         mo.dequantize_activations(quantized, scale, quant=Quant.MXFP4)
     with pytest.raises(ValueError, match="scale must have 2 columns for H = 40, got 1"):
         mo.dequantize_activations(quantized, scale[:, :1], quant=Quant.MXFP8)

@@ -16,7 +16,7 @@ import moe_ops as mo
 from moe_ops.route import count_expert_load, route
 
 from .oracle import dense_weights
-from .problems import E, by_softmax, routings
+from .problems import E, routings
 
 H = 16
 
@@ -34,22 +34,25 @@ def dense(topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) 
     seed=st.integers(0, 1000),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     shift=st.sampled_from([0, -20]),
+    chosen=st.sampled_from(["by-logits", "ids", "ids-and-weights"]),
 )
 @settings(max_examples=200)
 def test_agrees_with_the_oracle(
-    routing: mo.Routing, num_tokens: int, seed: int, dtype: torch.dtype, shift: int
+    routing: mo.Routing, num_tokens: int, seed: int, dtype: torch.dtype, shift: int, chosen: str
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randint(-12, 13, (num_tokens, E), generator=generator) / 4 + shift).to(dtype)
-    input_ids = torch.randint(-1, 11, (num_tokens,), generator=generator)
-    ids = input_ids if routing.token_to_experts is not None else None
+    shape = num_tokens, routing.top_k
+    ids = None if chosen == "by-logits" else torch.randint(-2, E + 2, shape, generator=generator)
+    weights = torch.randn(shape, generator=generator).to(dtype) if chosen == "ids-and-weights" else None
     is_active = torch.rand(num_tokens, generator=generator) < 0.8
     logits[~is_active] = torch.nan
-    topk_weights, topk_ids = route(logits, routing, is_active=is_active, input_ids=ids)
+    given_logits = logits if weights is None else None
+    topk_weights, topk_ids = route(given_logits, routing, is_active=is_active, topk_ids=ids, topk_weights=weights)
     assert (topk_weights.dtype, topk_ids.dtype) == (torch.float32, torch.int32)
     assert (topk_ids[~is_active] == -1).all()
     assert (topk_weights[~is_active] == 0).all()
-    expected = dense_weights(logits.nan_to_num(), routing, ids)
+    expected = dense_weights(logits.nan_to_num(), routing, ids, weights).sum(0)
     expected[~is_active] = 0
     torch.testing.assert_close(dense(topk_weights, topk_ids, E), expected, rtol=1e-5, atol=1e-12)
 
@@ -77,12 +80,12 @@ def test_not_even_experts_of_chosen_groups_that_are_disabled_give_way() -> None:
     assert topk_ids.tolist() == [[4, 5, 6]]
 
 
-def test_a_hash_table_may_leave_choices_open() -> None:
-    table = torch.tensor([[2, -1, 1], [-1, -1, -1]])
-    routing = mo.Routing(3, 4, "sigmoid", token_to_experts=table)
-    topk_weights, topk_ids = route(torch.zeros(3, 4), routing, input_ids=torch.tensor([0, 1, -1]))
-    assert topk_ids.tolist() == [[2, -1, 1], [-1] * 3, [-1] * 3]
-    assert topk_weights.tolist() == [[0.5, 0, 0.5], [0.0] * 3, [0.0] * 3]
+def test_a_choice_may_leave_places_open() -> None:
+    """As a hash table does for tokens that have fewer experts; what is no expert's id is open, too."""
+    table = torch.tensor([[2, -1, 1], [-1, -1, -1], [4, -7, 3]])
+    topk_weights, topk_ids = route(torch.zeros(4, 4), mo.Routing(3, 4, "sigmoid"), topk_ids=table[[0, 1, 1, 2]])
+    assert topk_ids.tolist() == [[2, -1, 1], [-1] * 3, [-1] * 3, [-1, -1, 3]]
+    assert topk_weights.tolist() == [[0.5, 0, 0.5], [0.0] * 3, [0.0] * 3, [0, 0, 1]]
 
 
 def test_a_bias_chooses_and_does_not_weigh() -> None:
@@ -148,14 +151,6 @@ def test_expert_load_counts_every_choice(top_k: int, num_tokens: int, num_expert
     assert load.tolist() == [(topk_ids == expert).sum().item() for expert in range(num_experts)]
 
 
-def test_replicas_take_turns() -> None:
-    table = torch.tensor([[0, 4, 5], [-1, 1, -1], [2, -1, 3]])
-    routing = mo.Routing(1, 3, logical_to_physical=table, num_redundant_experts=3)
-    logits = torch.tensor([[9.0, 0, 0]] * 4 + [[0, 9.0, 0]] + [[0, 0, 9.0]] * 2)
-    _, topk_ids = route(logits, routing)
-    assert topk_ids.flatten().tolist() == [0, 4, 5, 0, 1, 3, 2]
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -166,9 +161,7 @@ def test_replicas_take_turns() -> None:
         ({"num_expert_group": 3, "topk_group": 1}, "num_expert_group must divide 8 experts, got 3"),
         ({"num_expert_group": 8, "topk_group": 1}, "must hold top_k = 2 experts, got 1"),
         ({"e_score_correction_bias": torch.zeros(7)}, r"e_score_correction_bias must be \[8\], got \(7,\)"),
-        ({"logical_to_physical": torch.zeros(7).int()}, r"logical_to_physical must be of 8 experts, got \(7,\)"),
         ({"num_expert_group": 2, "topk_group": 0}, "must hold top_k = 2 experts, got 0"),
-        ({"token_to_experts": torch.zeros(5, 2, dtype=torch.int64)}, "input_ids must be given with token_to_experts"),
     ],
 )
 def test_bad_input_names_the_argument(changed: dict[str, Any], message: str) -> None:
@@ -177,57 +170,59 @@ def test_bad_input_names_the_argument(changed: dict[str, Any], message: str) -> 
         route(torch.zeros(2, 8), routing)
 
 
-@given(num_tokens=st.integers(0, 20), seed=st.integers(0, 1000))
-def test_a_function_of_the_caller_routes(num_tokens: int, seed: int) -> None:
-    """Choices of -1 and rows that are not active go nowhere, whatever it weighs them with; the weights are not touched."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, logits, weights = (torch.randn(num_tokens, n, generator=generator) for n in (H, E, 3))
-    ids = torch.randint(-1, E, (num_tokens, 3), generator=generator)
-    is_active = torch.rand(num_tokens, generator=generator) < 0.7
-    weights[~is_active] = torch.nan
-    seen = []
-
-    def select(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.append(given)
-        return weights.double().to(torch.bfloat16), ids
-
-    routing = mo.Routing(3, E, renormalize=True, routed_scaling_factor=2.0, select_experts=select)
-    topk_weights, topk_ids = route(logits, routing, is_active=is_active, hidden_states=hidden)
-    assert seen[0][0] is hidden and seen[0][1] is logits and seen[0][2] is None
-    is_choice = (ids >= 0) & is_active.unsqueeze(1)
-    assert (topk_weights.dtype, topk_ids.dtype) == (torch.float32, torch.int32)
-    assert torch.equal(topk_ids, torch.where(is_choice, ids, -1).int())
-    assert torch.equal(topk_weights, torch.where(is_choice, weights.to(torch.bfloat16).float(), 0.0))
-
-
 @pytest.mark.parametrize(
     ("chosen", "error", "message"),
     [
-        ((torch.ones(2, 3), torch.zeros(2, 2).long()), ValueError, r"topk_weights of select_experts must be \[T, 2\]"),
-        ((torch.ones(2, 2), torch.zeros(2).long()), ValueError, "topk_ids of select_experts must be 2-D"),
-        ((torch.ones(3, 2), torch.zeros(2, 2).long()), ValueError, "rows of topk_weights of select_experts must be"),
-        ((torch.ones(2, 2), torch.zeros(2, 2)), TypeError, "topk_ids of select_experts must"),
-        ((torch.ones(2, 2).int(), torch.zeros(2, 2).long()), TypeError, "topk_weights of select_experts must"),
+        ({"topk_ids": torch.zeros(2, 3).long()}, ValueError, r"columns of topk_ids must be routing\.top_k = 2, got 3"),
+        ({"topk_ids": torch.zeros(2).long()}, ValueError, "topk_ids must be 2-D"),
+        (
+            {"topk_ids": torch.zeros(3, 2).long()},
+            ValueError,
+            "rows of topk_ids must be those of router_logits = 2, got 3",
+        ),
+        ({"topk_ids": torch.zeros(2, 2)}, TypeError, "topk_ids must have one of the dtypes"),
+        ({"topk_weights": torch.ones(2, 2)}, ValueError, "topk_ids must be given with topk_weights, got None"),
+        (
+            {"topk_ids": torch.zeros(2, 2).long(), "topk_weights": torch.ones(2, 3)},
+            ValueError,
+            r"columns of topk_weights must be routing\.top_k = 2, got 3",
+        ),
+        (
+            {"topk_ids": torch.zeros(2, 2).long(), "topk_weights": torch.ones(3, 2)},
+            ValueError,
+            "rows of topk_weights must be those of topk_ids = 2, got 3",
+        ),
+        (
+            {"topk_ids": torch.zeros(2, 2).long(), "topk_weights": torch.ones(2, 2).int()},
+            TypeError,
+            "topk_weights must have one of the dtypes",
+        ),
     ],
 )
-def test_what_a_function_of_the_caller_may_not_return(chosen: Any, error: type[Exception], message: str) -> None:
-    routing = mo.Routing(2, E, select_experts=lambda *_: chosen)
+def test_what_may_not_be_chosen(chosen: dict[str, torch.Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        route(torch.zeros(2, E), routing, hidden_states=torch.zeros(2, H))
+        route(torch.zeros(2, E), mo.Routing(2, E), **chosen)
 
 
-def test_a_function_of_the_caller_needs_hidden_states() -> None:
-    with pytest.raises(ValueError, match="hidden_states must be given for select_experts, got None"):
-        route(torch.zeros(2, E), mo.Routing(2, E, select_experts=lambda *_: None))
+def test_logits_are_needed_without_weights() -> None:
+    with pytest.raises(ValueError, match="router_logits must be given without topk_weights, got None"):
+        route(None, mo.Routing(2, E), topk_ids=torch.zeros(2, 2).long())
 
 
-def test_the_reference_takes_a_function_of_the_caller() -> None:
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_experts", [24, 7, 256])
+def test_no_token_depends_on_its_batch(scoring: str, dtype: torch.dtype, num_experts: int) -> None:
+    """Wherever a row stands, its choice and its weights are the same to the bit."""
+    routing = mo.Routing(2, num_experts, scoring, routed_scaling_factor=2.5)
     generator = torch.Generator().manual_seed(0)
-    hidden, logits = (torch.randn(5, n, generator=generator) for n in (H, E))
-    w13, w2 = torch.randn(E, 8, H, generator=generator), torch.randn(E, H, 4, generator=generator)
-    plain, by_caller = mo.Routing(2, E), mo.Routing(2, E, select_experts=by_softmax)
-    found, wanted = (
-        mo.reference.moe_stage(hidden, logits, mo.ExpertWeights(w13, w2), routing=routing)
-        for routing in (by_caller, plain)
-    )
-    torch.testing.assert_close(found, wanted)
+    equal = torch.full((3, num_experts), 0.3)
+    logits = torch.cat([torch.randn(200, num_experts, generator=generator) * 4, equal]).to(dtype)
+    weights, ids = route(logits, routing)
+    assert ids[-3:].tolist() == [[0, 1]] * 3
+    for rows in (slice(0, 1), slice(1, 3), slice(5, 22), slice(202, 203)):
+        alone = route(logits[rows].clone(), routing)
+        assert torch.equal(alone[0], weights[rows])
+        assert torch.equal(alone[1], ids[rows])
+    strided = logits.t().contiguous().t()
+    assert torch.equal(route(strided, routing)[0], weights)

@@ -13,10 +13,10 @@ from moe_ops import Dispatch, Strategy
 from moe_ops.dispatchers.local import combine_local, dispatch_local
 from moe_ops.experts import run_experts
 from moe_ops.route import route
-from moe_ops.strategies import active_rows
+from moe_ops.slots import place_copies
 
 from .oracle import dense_moe
-from .problems import FORMS, E, Problem, expected_of, own_experts, problems, run_stage
+from .problems import FORMS, E, Problem, expected_of, layout_for, own_experts, problems, run_stage
 from .ranks import RankPool, coordinates, groups_of
 from .simulated import local, simulated_world
 
@@ -84,18 +84,27 @@ def test_tokens_that_travel_quantised_are_not_quantised_twice(ranks4: RankPool, 
 @settings(max_examples=20)
 def test_the_reference_agrees_with_the_oracle(data: st.DataObject) -> None:
     problem = data.draw(problems("all2all"))._replace(dtype=torch.float32)
-    hidden, logits, input_ids = problem.tokens(0)
-    ids = input_ids if problem.routing.token_to_experts is not None else None
+    hidden, logits = problem.tokens(0)
+    ids, weights = problem.choice(0)
+    ids = None if problem.chosen == "by-logits" else ids
+    weights = weights if problem.chosen == "ids-and-weights" else None
     found = mo.reference.moe_stage(
         hidden,
-        logits,
+        None if weights is not None else logits,
         problem.experts(),
-        routing=problem.routing,
-        input_ids=ids,
+        problem.routing,
+        topk_ids=ids,
+        topk_weights=weights,
         shared_experts=problem.shared_experts(),
     )
     expected = dense_moe(
-        hidden, logits, problem.experts(), problem.routing, input_ids=ids, shared=problem.shared_experts()
+        hidden,
+        logits,
+        problem.experts(),
+        problem.routing,
+        topk_ids=ids,
+        topk_weights=weights,
+        shared=problem.shared_experts(),
     )
     assert found.shape == expected.shape
     if expected.numel():  # its scores are float32, and an element may be the difference of large ones
@@ -107,16 +116,14 @@ def run_with_redundant_experts(rank: int, problem: Problem, slots: list[int], ta
     whole = problem.experts()
     mine = torch.tensor(slots).chunk(4)[rank]
     routing = problem.routing._replace(logical_to_physical=table, num_redundant_experts=len(slots) - E)
-    hidden, logits, _ = problem.tokens(rank // 2)
+    hidden, logits = problem.tokens(rank // 2)
     return mo.moe_stage(
         hidden,
         logits,
         mo.ExpertWeights(whole.w13[mine], whole.w2[mine]),
-        routing=routing,
-        strategy=FORMS[problem.form][0],
-        groups=groups_of(2, 1, 2),
-        max_tokens_across_dp=max(problem.counts[:2]),
-        mc2_mask=torch.arange(-(-max(problem.counts[:2]) // 2) * 2) < problem.counts[rank // 2],
+        routing,
+        layout_for(problem),
+        lengths=mo.Lengths(longest=max(problem.counts[:2])),
         reduce_results=True,
     )
 
@@ -125,8 +132,7 @@ def run_with_redundant_experts(rank: int, problem: Problem, slots: list[int], ta
 @pytest.mark.parametrize("many", [False, True], ids=["one-slot", "replicas"])
 def test_redundant_experts_change_nothing(ranks4: RankPool, form: str, many: bool) -> None:
     slots = [3, 1, 7, 0, 2, 5, 4, 6, 7, 7, 0, 1]
-    found = [[slot for slot, held in enumerate(slots) if held == expert] for expert in range(E)]
-    table = torch.tensor([[*of_expert, -1, -1][:3] for of_expert in found])
+    table = place_copies(slots, num_experts=E)
     problem = Problem(form, counts=(7, 4, 0, 0), seed=6)
     results = ranks4.run(run_with_redundant_experts, problem, slots, table if many else table[:, 0])
     for rank, result in enumerate(results):
@@ -135,10 +141,9 @@ def test_redundant_experts_change_nothing(ranks4: RankPool, form: str, many: boo
 
 def steps_of(rank: int, problem: Problem) -> Iterator[torch.Tensor]:
     """One batch through the AllGather DP form, step by step; the last thing it yields is the result."""
-    groups = groups_of(*problem.layout)
-    hidden, logits, _ = problem.tokens(problem.owner(rank))
-    longest = max(problem.counts[:2])
-    out = mo.prepare(hidden, logits, strategy=Strategy.ALLGATHER, groups=groups, max_tokens_across_dp=longest)
+    layout = layout_for(problem)
+    hidden, logits = problem.tokens(problem.owner(rank))
+    out = mo.prepare(hidden, logits, layout, mo.Lengths(longest=max(problem.counts[:2])))
     yield out.hidden_states
     topk_weights, topk_ids = route(out.router_logits, problem.routing)
     dispatched = dispatch_local(out.hidden_states, topk_ids, topk_weights, first_expert=rank * 2, num_local_experts=2)
@@ -146,7 +151,7 @@ def steps_of(rank: int, problem: Problem) -> Iterator[torch.Tensor]:
     rows = run_experts(dispatched.rows, dispatched.counts, own_experts(problem, rank))
     yield rows
     y = combine_local(rows, dispatched.state)
-    yield mo.finalize(y, out.state, strategy=Strategy.ALLGATHER, groups=groups, reduce_results=True)
+    yield mo.finalize(y, out.state, layout, reduce_results=True)
 
 
 def interleave(rank: int, first: Problem, second: Problem) -> bool:
@@ -160,76 +165,82 @@ def test_interleaved_micro_batches_are_equal_to_the_bit(ranks4: RankPool) -> Non
     assert all(ranks4.run(interleave, first, first._replace(counts=(1, 7, 0, 0), seed=4)))
 
 
-def stage_of_zeros(**changed: Any) -> Any:
+def stage_of_zeros(layout: mo.Layout, **changed: Any) -> Any:
     arguments: dict[str, Any] = {
         "routing": mo.Routing(2, 8),
-        "strategy": Strategy.ALLGATHER,
-        "groups": mo.ParallelGroups(),
         "experts": mo.ExpertWeights(torch.zeros(8, 8, 4), torch.zeros(8, 4, 4)),
     } | changed
-    return mo.moe_stage(torch.zeros(2, 4), torch.zeros(2, 8), arguments.pop("experts"), **arguments)
+    return mo.moe_stage(torch.zeros(2, 4), torch.zeros(2, 8), layout=layout, **arguments)
 
 
-def test_arguments_that_do_not_go_together() -> None:
-    quarter = mo.ExpertWeights(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4))
-    four = mo.Group("a", 4, 0)
-    with pytest.raises(ValueError, match=r"experts must hold num_experts / EP = 8 / 1 experts, got 2"):
-        stage_of_zeros(experts=quarter)
-    with pytest.raises(ValueError, match=r"EP group of DP \* PCP \* TP = 2 ranks, or none, got 4"):
-        stage_of_zeros(experts=quarter, groups=mo.ParallelGroups(tp=mo.Group("b", 2, 0), ep=four))
-    with pytest.raises(ValueError, match=r"dispatch must be LOCAL for ALLGATHER and for no other, got Dispatch.ALL_TO"):
-        stage_of_zeros(experts=quarter, groups=mo.ParallelGroups(dp=four, ep=four), dispatch=Dispatch.ALL_TO_ALL)
-    with pytest.raises(ValueError, match=r"dispatch must be LOCAL for ALLGATHER and for no other, got Dispatch.LOCAL"):
-        stage_of_zeros(
-            experts=quarter, groups=mo.ParallelGroups(ep=four), dispatch=Dispatch.LOCAL, strategy=Strategy.MC2
-        )
-    with pytest.raises(ValueError, match="logical_to_physical must be given with 8 redundant experts, got None"):
-        stage_of_zeros(
-            groups=mo.ParallelGroups(dp=mo.Group("b", 2, 0), ep=mo.Group("b", 2, 0)),
-            routing=mo.Routing(2, 8, num_redundant_experts=8),
-        )
-    with pytest.raises(TypeError, match="dispatch must be a Dispatch, got 'local'"):
-        stage_of_zeros(dispatch="local")
+QUARTER = mo.ExpertWeights(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4))
+FOUR, TWO = mo.Group("a", 4, 0), mo.Group("b", 2, 0)
+ALONE = mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups())
 
 
-def load_of_a_mask_that_marks_padding(rank: int) -> list[int]:
+@pytest.mark.parametrize(
+    ("layout", "changed", "message"),
+    [
+        (ALONE, {"experts": QUARTER}, r"experts must hold num_experts / EP = 8 / 1 experts, got 2"),
+        (
+            mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups(tp=TWO, ep=FOUR)),
+            {"experts": QUARTER, "lengths": mo.Lengths(longest=2)},
+            r"ep must be a group of DP \* PCP \* TP = 2 ranks, the dp or the tp group itself, or none, got 'a' of 4 ranks",
+        ),
+        (
+            mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups(dp=FOUR, ep=FOUR), Dispatch.ALL_TO_ALL),
+            {"experts": QUARTER},
+            r"layout\.dispatch must be LOCAL for ALLGATHER, got Dispatch\.ALL_TO_ALL",
+        ),
+        (
+            mo.Layout(Strategy.MC2, mo.ParallelGroups(ep=FOUR), Dispatch.LOCAL),
+            {"experts": QUARTER},
+            r"layout\.dispatch must be FIXED_CAPACITY or ALL_TO_ALL for MC2, got Dispatch\.LOCAL",
+        ),
+        (
+            mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups(dp=TWO, ep=TWO)),
+            {"routing": mo.Routing(2, 8, num_redundant_experts=8)},
+            "logical_to_physical must be given with 8 redundant experts, got None",
+        ),
+        (
+            mo.Layout(Strategy.ALL2ALL, mo.ParallelGroups(tp=TWO)),
+            {},
+            r"layout\.groups\.ep must be given for ALL2ALL with TP 2, got none",
+        ),
+        (
+            mo.Layout(Strategy.MC2, mo.ParallelGroups(tp=TWO)),
+            {},
+            r"layout\.groups\.ep must be given for MC2 with TP 2, got none",
+        ),
+        (
+            mo.Layout(Strategy.MC2, mo.ParallelGroups()),
+            {"overlap_gate": True},
+            "overlap_gate must be False for MC2, which routes before it sends",
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together(layout: mo.Layout, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage_of_zeros(layout, **changed)
+
+
+def test_arguments_of_another_kind() -> None:
+    with pytest.raises(TypeError, match=r"layout\.dispatch must be a Dispatch, got 'local'"):
+        stage_of_zeros(ALONE._replace(dispatch="local"))
+    with pytest.raises(TypeError, match="layout must be a Layout, got <Strategy"):
+        stage_of_zeros(Strategy.ALLGATHER)  # type: ignore[arg-type]
+
+
+def chunk_of_a_mask_that_marks_padding(rank: int) -> list[bool]:
     """MC2 with a mask that is True beyond the tokens, as an engine that pads for a graph makes it."""
-    groups = groups_of(1, 1, 4)
-    out = mo.prepare(
-        torch.zeros(3, 4),
-        torch.zeros(3, E),
-        strategy=Strategy.MC2,
-        groups=groups,
-        mc2_mask=torch.ones(8, dtype=torch.bool),
-    )
-    return active_rows(out, groups=groups).tolist()
+    layout = mo.Layout(Strategy.MC2, groups_of(1, 1, 4))
+    out = mo.prepare(torch.zeros(3, 4), torch.zeros(3, E), layout, mo.Lengths(mask=torch.ones(8, dtype=torch.bool)))
+    return out.mask.tolist()
 
 
 def test_rows_that_pad_are_inactive_whatever_the_mask_says(ranks4: RankPool) -> None:
-    found = ranks4.run(load_of_a_mask_that_marks_padding)
+    found = ranks4.run(chunk_of_a_mask_that_marks_padding)
     assert found == [[True, True], [True, False], [False, False], [False, False]]
-
-
-def run_sharded_without_a_length(rank: int, problem: Problem, strategy: Strategy) -> torch.Tensor:
-    hidden, logits, _ = problem.tokens(rank)
-    return mo.moe_stage(
-        hidden,
-        logits,
-        own_experts(problem, rank),
-        routing=problem.routing,
-        strategy=strategy,
-        groups=groups_of(*problem.layout),
-        dispatch=Dispatch.FIXED_CAPACITY,
-        num_tokens_across_ep=problem.counts,
-        tokens_are_sharded=True,
-    )
-
-
-@pytest.mark.parametrize("strategy", [Strategy.ALL2ALL, Strategy.MC2], ids=lambda s: s.value)
-def test_the_common_length_follows_from_the_counts(ranks4: RankPool, strategy: Strategy) -> None:
-    problem = Problem("all2all-sharded", counts=(5, 3, 0, 2), seed=8)
-    for rank, result in enumerate(ranks4.run(run_sharded_without_a_length, problem, strategy)):
-        torch.testing.assert_close(result.double(), expected_of(problem, rank), rtol=1e-5, atol=1e-5)
 
 
 def test_coordinates_of_the_layout_are_those_of_the_library() -> None:
@@ -239,31 +250,24 @@ def test_coordinates_of_the_layout_are_those_of_the_library() -> None:
 
 
 @pytest.mark.parametrize("form", ["all2all-fixed", "mc2", "allgather-dp", "allgather-ep"])
-@pytest.mark.parametrize("layout", [(2, 2, 2), (1, 2, 4)], ids=str)
-def test_simulated_ranks_agree_with_the_oracle(form: str, layout: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("topology", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_simulated_ranks_agree_with_the_oracle(form: str, topology: tuple[int, int, int]) -> None:
     """One expert a rank, on topologies for which four processes are too few."""
-    problem = Problem(form, layout, (3, 0, 5, 1, 2, 4, 0, 1), seed=9)
-    dp, pcp, tp = layout
+    problem = Problem(form, topology, (3, 0, 5, 1, 2, 4, 0, 1), seed=9)
+    dp, pcp, tp = topology
     strategy, sharded, dispatch = FORMS[problem.form]
     with simulated_world(dp, pcp, tp) as world:
         batches = [problem.tokens(problem.owner(rank)) for rank in range(world.size)]
         whole = problem.experts()
         counts = [problem.counts[problem.owner(rank)] for rank in range(world.size)]
-        longest, padded = max(counts), -(-max(counts) // tp) * tp
         result = mo.moe_stage(
-            world.tensor([hidden for hidden, _, _ in batches]),
-            world.tensor([logits for _, logits, _ in batches]),
+            world.tensor([hidden for hidden, _ in batches]),
+            world.tensor([logits for _, logits in batches]),
             mo.ExpertWeights(*(world.tensor([w[r : r + 1] for r in range(world.size)]) for w in (whole.w13, whole.w2))),
-            routing=problem.routing,
-            strategy=strategy,
-            groups=world.groups,
-            dispatch=dispatch,
+            problem.routing,
+            mo.Layout(strategy, world.groups, dispatch, tokens_are_sharded=sharded),
+            lengths=mo.Lengths(per_rank=counts),
             reduce_results=True,
-            mc2_mask=world.tensor([torch.arange(padded) < count for count in counts]),
-            max_tokens_across_dp=longest,
-            max_tokens_across_pcp=longest * dp,
-            num_tokens_across_ep=counts if sharded else None,
-            tokens_are_sharded=sharded,
         )
         for rank in range(world.size):
             expected = expected_of(problem, rank)

@@ -50,11 +50,11 @@ class Case:
         self.ids = [tokens[:, 0].to(torch.int64) for tokens in self.tokens]
         self.x, self.l, self.i = (world.tensor(per_rank) for per_rank in (self.tokens, self.logits, self.ids))
 
-    def prepare(self, strategy: Strategy, **keywords: Any) -> mo.PrepareOutput:
-        return mo.prepare(self.x, self.l, strategy=strategy, groups=self.world.groups, **keywords)
+    def prepare(self, layout: mo.Layout, quant: mo.Quant = mo.Quant.NONE, **lengths: Any) -> mo.PrepareOutput:
+        return mo.prepare(self.x, self.l, layout, mo.Lengths(**lengths), quant)
 
-    def finalize(self, hidden: Any, state: Any, strategy: Strategy, **keywords: Any) -> list[torch.Tensor]:
-        out = mo.finalize(hidden, state, strategy=strategy, groups=self.world.groups, **keywords)
+    def finalize(self, hidden: Any, state: Any, layout: mo.Layout, reduce_results: bool = False) -> list[torch.Tensor]:
+        out = mo.finalize(hidden, state, layout, reduce_results)
         return [local(out, rank) for rank in range(self.world.size)]
 
     def check_inputs_kept(self) -> None:
@@ -79,14 +79,23 @@ def share_of_owner(gathered: Any, world: World) -> Any:
     return world.tensor(shares)
 
 
-@given(topology=topologies(), counts=st.lists(TOKENS, min_size=6, max_size=6))
+@given(
+    topology=topologies(),
+    counts=st.lists(TOKENS, min_size=6, max_size=6),
+    has_mask=st.booleans(),
+    actual=st.integers(0, 70),
+)
 @settings(max_examples=60)
-def test_all2all_chunks_and_returns(topology: tuple[int, int, int], counts: list[int]) -> None:
+def test_all2all_chunks_and_returns(
+    topology: tuple[int, int, int], counts: list[int], has_mask: bool, actual: int
+) -> None:
     with simulated_world(*topology) as world:
-        case = Case(world, counts)
-        out = case.prepare(Strategy.ALL2ALL)
-        ids = mo.lay_out_like_prepared(case.i, out.state, strategy=Strategy.ALL2ALL, groups=world.groups)
-        result = case.finalize(out.hidden_states * 2, out.state, Strategy.ALL2ALL)
+        case, layout = Case(world, counts), mo.Layout(Strategy.ALL2ALL, world.groups)
+        longest = max(len(tokens) for tokens in case.tokens)
+        mask = world.tensor([torch.arange(-(-longest // world.tp) * world.tp) < actual] * world.size)
+        out = case.prepare(layout, mask=mask if has_mask else None)
+        ids = mo.lay_out_like_prepared(case.i, out.state, layout)
+        result = case.finalize(out.hidden_states * 2, out.state, layout)
         for rank in range(world.size):
             rows = -(-len(case.tokens[rank]) // world.tp)
             chunk = slice(world.coordinates(rank)[2] * rows, (world.coordinates(rank)[2] + 1) * rows)
@@ -95,10 +104,14 @@ def test_all2all_chunks_and_returns(topology: tuple[int, int, int], counts: list
             assert torch.equal(local(out.router_logits, rank), zeros_after(case.logits[rank], rows * world.tp)[chunk])
             is_pad = (padded[chunk] == 0).all(dim=1)
             assert torch.equal(local(ids, rank), torch.where(is_pad, -1, padded[chunk][:, 0].to(torch.int64)))
+            if has_mask:
+                is_kept = torch.arange(rows * world.tp)[chunk] < actual
+                assert torch.equal(local(out.mask, rank), is_kept & ~is_pad)
             assert local(out.state.num_tokens, rank) == len(case.tokens[rank])
             assert local(out.state.padded_num_tokens, rank) == rows * world.tp
             assert torch.equal(result[rank], case.tokens[rank] * 2)
-        assert out.mc2_mask is None and out.pertoken_scale is None
+        assert (out.mask is None) is not has_mask
+        assert out.pertoken_scale is None
         case.check_inputs_kept()
         if world.tp > 1:
             check_not_aliased(out, case)
@@ -124,28 +137,28 @@ def test_mc2_mask_rows_are_hidden_rows(
     actual: int,
 ) -> None:
     with simulated_world(*topology) as world:
-        case = Case(world, counts)
+        case, layout = Case(world, counts), mo.Layout(Strategy.MC2, world.groups, shared_expert_dp=shared_expert_dp)
         longest = max(len(tokens) for tokens in case.tokens)
+        extra_chunks = extra_chunks if has_mask else 0
         padded = (-(-longest // world.tp) + extra_chunks) * world.tp
-        masks = [torch.arange(padded) < min(actual, len(tokens)) for tokens in case.tokens]
+        masks = [torch.arange(padded) < actual] * world.size
         out = case.prepare(
-            Strategy.MC2,
-            padded_num_tokens=padded if has_length or not has_mask else None,
-            mc2_mask=world.tensor(masks) if has_mask else None,
-            shared_expert_dp=shared_expert_dp,
+            layout,
+            longest=longest if has_length or not has_mask else None,
+            mask=world.tensor(masks) if has_mask else None,
         )
-        result = case.finalize(out.hidden_states * 2, out.state, Strategy.MC2)
+        result = case.finalize(out.hidden_states * 2, out.state, layout)
         rows = padded if shared_expert_dp else padded // world.tp
         for rank in range(world.size):
             start = 0 if shared_expert_dp else world.coordinates(rank)[2] * rows
-            chunk = slice(start, start + rows)
+            chunk, count = slice(start, start + rows), len(case.tokens[rank])
             assert torch.equal(local(out.hidden_states, rank), zeros_after(case.tokens[rank], padded)[chunk])
             assert torch.equal(local(out.router_logits, rank), zeros_after(case.logits[rank], padded)[chunk])
             if has_mask:
-                assert torch.equal(local(out.mc2_mask, rank), masks[rank][chunk])
+                assert torch.equal(local(out.mask, rank), torch.arange(padded)[chunk] < min(actual, count))
             assert torch.equal(result[rank], case.tokens[rank] * 2)
-            assert local(out.state.num_tokens, rank) == len(case.tokens[rank])
-        assert (out.mc2_mask is None) is not has_mask
+            assert local(out.state.num_tokens, rank) == count
+        assert (out.mask is None) is not has_mask
         case.check_inputs_kept()
 
 
@@ -163,25 +176,23 @@ def test_mc2_pads_shards_and_gives_each_its_own_part_of_the_mask(
     """Shards of S rows: token i of the TP group is row i % S of rank i // S, whatever the common length is."""
     with simulated_world(*topology) as world:
         rows_of = [shard_rows[rank // world.tp] for rank in range(world.size)]
-        case = Case(world, rows_of, sharded=True)
-        common = max(rows_of) + extra
+        case, layout = (
+            Case(world, rows_of, sharded=True),
+            mo.Layout(Strategy.MC2, world.groups, tokens_are_sharded=True),
+        )
+        common = max(rows_of) + (extra if has_mask else 0)
         actual = [max(0, rows * world.tp - missing) for rows in rows_of]
         masks = [torch.arange(common * world.tp) < count for count in actual]
-        out = case.prepare(
-            Strategy.MC2,
-            padded_num_tokens=common * world.tp,
-            mc2_mask=world.tensor(masks) if has_mask else None,
-            tokens_are_sharded=True,
-        )
-        result = case.finalize(out.hidden_states * 2, out.state, Strategy.MC2)
-        ids = mo.lay_out_like_prepared(case.i, out.state, strategy=Strategy.MC2, groups=world.groups)
+        out = case.prepare(layout, longest=max(rows_of), mask=world.tensor(masks) if has_mask else None)
+        result = case.finalize(out.hidden_states * 2, out.state, layout)
+        ids = mo.lay_out_like_prepared(case.i, out.state, layout)
         for rank in range(world.size):
             t = world.coordinates(rank)[2]
             assert torch.equal(local(out.hidden_states, rank), zeros_after(case.tokens[rank], common))
             assert torch.equal(local(ids, rank), zeros_after(case.ids[rank] + 1, common) - 1)
             if has_mask:
                 real = [i < rows_of[rank] and t * rows_of[rank] + i < actual[rank] for i in range(common)]
-                assert local(out.mc2_mask, rank).tolist() == real
+                assert local(out.mask, rank).tolist() == real
             assert torch.equal(result[rank], case.tokens[rank] * 2)
 
 
@@ -189,38 +200,39 @@ def test_mc2_pads_shards_and_gives_each_its_own_part_of_the_mask(
     topology=topologies(),
     counts=st.lists(TOKENS, min_size=6, max_size=6),
     extra=st.integers(0, 4),
-    extra_pcp=st.integers(0, 5),
     reduce_results=st.booleans(),
     shared_expert_dp=st.booleans(),
+    has_mask=st.booleans(),
+    actual=st.integers(0, 70),
 )
 @settings(max_examples=100)
 def test_allgather_over_dp_and_pcp(
     topology: tuple[int, int, int],
     counts: list[int],
     extra: int,
-    extra_pcp: int,
     reduce_results: bool,
     shared_expert_dp: bool,
+    has_mask: bool,
+    actual: int,
 ) -> None:
     with simulated_world(*topology) as world:
+        layout = mo.Layout(Strategy.ALLGATHER, world.groups, shared_expert_dp=shared_expert_dp)
         case = Case(world, counts)
         longest = max(len(tokens) for tokens in case.tokens) + extra
-        before_pcp = (longest if world.dp > 1 else 0) * world.dp or max(len(tokens) for tokens in case.tokens)
         gathers = world.dp * world.pcp > 1
-        out = case.prepare(
-            Strategy.ALLGATHER,
-            max_tokens_across_dp=longest,
-            max_tokens_across_pcp=before_pcp + extra_pcp,
-            shared_expert_dp=shared_expert_dp,
-        )
-        ids = mo.lay_out_like_prepared(case.i, out.state, strategy=Strategy.ALLGATHER, groups=world.groups)
+        mask = world.tensor([torch.arange(-(-longest // world.tp) * world.tp) < actual] * world.size)
+        out = case.prepare(layout, longest=longest, mask=mask if has_mask else None)
+        ids = mo.lay_out_like_prepared(case.i, out.state, layout)
         shares = share_of_owner(out.hidden_states, world) if gathers else out.hidden_states
-        result = case.finalize(shares, out.state, Strategy.ALLGATHER, reduce_results=reduce_results)
+        result = case.finalize(shares, out.state, layout, reduce_results)
         for rank in range(world.size):
-            expected = gathered_over_dp(case, rank, longest, before_pcp + extra_pcp)
+            expected = gathered_over_dp(case, rank, longest)
             assert torch.equal(local(out.hidden_states, rank), expected)
             is_pad = (expected == 0).all(dim=1)
             assert torch.equal(local(ids, rank), torch.where(is_pad, -1, expected[:, 0].to(torch.int64)))
+            if has_mask:
+                is_kept = torch.arange(longest if gathers else len(expected)) < actual
+                assert torch.equal(local(out.mask, rank), is_kept.repeat(world.dp * world.pcp) & ~is_pad)
             if gathers and (reduce_results or world.tp == 1):
                 assert torch.equal(result[rank], case.tokens[rank])
             if not gathers and not reduce_results:
@@ -229,25 +241,19 @@ def test_allgather_over_dp_and_pcp(
             for first in range(0, world.size, world.tp):  # what the caller's all-reduce over TP makes of it
                 summands = result[first : first + world.tp]
                 assert torch.equal(torch.stack(summands).sum(0), case.tokens[first])
-        reduction = mo.output_reduction(strategy=Strategy.ALLGATHER, groups=world.groups, tokens_are_sharded=False)
-        assert reduction is (mo.Reduction.PARTIAL_OVER_TP if world.tp > 1 else mo.Reduction.COMPLETE)
+        is_open = mo.output_reduction(layout) is mo.Reduction.PARTIAL_OVER_TP
+        assert is_open is (world.tp > 1)
         case.check_inputs_kept()
 
 
-def gathered_over_dp(case: Case, rank: int, per_dp_rank: int, per_pcp_rank: int) -> torch.Tensor:
-    """DP blocks inside PCP blocks, each padded with zeros."""
+def gathered_over_dp(case: Case, rank: int, per_rank: int) -> torch.Tensor:
+    """DP blocks inside PCP blocks, each padded with zeros; a rank's own tokens where there is nobody to gather from."""
     world = case.world
-    _, p, t = world.coordinates(rank)
-    d_of_rank = world.coordinates(rank)[0]
-    pcp_blocks = []
-    for other_p in range(world.pcp) if world.pcp > 1 else [p]:
-        dp_blocks = []
-        for d in range(world.dp) if world.dp > 1 else [d_of_rank]:
-            tokens = case.tokens[(d * world.pcp + other_p) * world.tp + t]
-            dp_blocks.append(zeros_after(tokens, per_dp_rank) if world.dp > 1 else tokens)
-        block = torch.cat(dp_blocks)
-        pcp_blocks.append(zeros_after(block, per_pcp_rank) if world.pcp > 1 else block)
-    return torch.cat(pcp_blocks)
+    if world.dp * world.pcp == 1:
+        return case.tokens[rank]
+    t = world.coordinates(rank)[2]
+    ranks = [(d * world.pcp + p) * world.tp + t for p in range(world.pcp) for d in range(world.dp)]
+    return torch.cat([zeros_after(case.tokens[other], per_rank) for other in ranks])
 
 
 @given(
@@ -261,14 +267,11 @@ def test_allgather_over_ep(topology: tuple[int, int, int], counts: list[int], eq
     with simulated_world(*topology) as world:
         counts = [counts[0]] * world.size if equal else counts[: world.size]
         case = Case(world, counts, sharded=True)
-        out = case.prepare(
-            Strategy.ALLGATHER,
-            num_tokens_across_ep=None if equal else counts,
-            tokens_are_sharded=True,
-            quant=quant,
-        )
+        layout = mo.Layout(Strategy.ALLGATHER, world.groups, tokens_are_sharded=True)
+        lengths = {"equal": True} if equal else {"per_rank": counts}
+        out = case.prepare(layout, quant, **lengths)
         everything = torch.cat(case.tokens)
-        ids = mo.lay_out_like_prepared(case.i, out.state, strategy=Strategy.ALLGATHER, groups=world.groups)
+        ids = mo.lay_out_like_prepared(case.i, out.state, layout)
         for rank in range(world.size):
             assert torch.equal(local(out.router_logits, rank), torch.cat(case.logits))
             assert torch.equal(local(ids, rank), torch.cat(case.ids))
@@ -280,12 +283,39 @@ def test_allgather_over_ep(topology: tuple[int, int, int], counts: list[int], eq
                 assert torch.equal(as_bytes(local(out.hidden_states, rank)), as_bytes(quantized))
                 assert torch.equal(as_bytes(local(out.pertoken_scale, rank)), as_bytes(scale))
         gathered = world.tensor([everything] * world.size)
-        result = case.finalize(share_of_owner(gathered, world), out.state, Strategy.ALLGATHER, reduce_results=True)
+        result = case.finalize(share_of_owner(gathered, world), out.state, layout, reduce_results=True)
         for rank in range(world.size):
             assert torch.equal(result[rank], case.tokens[rank])
-        reduction = mo.output_reduction(strategy=Strategy.ALLGATHER, groups=world.groups, tokens_are_sharded=True)
-        assert reduction is mo.Reduction.COMPLETE
+        assert mo.output_reduction(layout) is mo.Reduction.COMPLETE
         case.check_inputs_kept()
+
+
+@given(topology=topologies(), counts=st.lists(TOKENS, min_size=24, max_size=24), missing=st.integers(0, 9))
+@settings(max_examples=40)
+def test_allgather_over_ep_knows_the_longest_alone(
+    topology: tuple[int, int, int], counts: list[int], missing: int
+) -> None:
+    """Each rank's block is as long; what pads is zero, -1 and not active."""
+    with simulated_world(*topology) as world:
+        counts = [counts[rank // world.tp] for rank in range(world.size)]
+        case, longest = Case(world, counts, sharded=True), max(counts)
+        layout = mo.Layout(Strategy.ALLGATHER, world.groups, tokens_are_sharded=True)
+        masks = [torch.arange(longest * world.tp) < counts[rank] * world.tp - missing for rank in range(world.size)]
+        out = case.prepare(layout, longest=longest, mask=world.tensor(masks))
+        ids = mo.lay_out_like_prepared(case.i, out.state, layout)
+        rows = longest if world.size > 1 else counts[0]
+        everything = torch.cat([zeros_after(tokens, rows) for tokens in case.tokens])
+        ids_of_all = torch.cat([zeros_after(ids + 1, rows) - 1 for ids in case.ids])
+        kept = []
+        for rank, count in enumerate(counts):
+            before = world.coordinates(rank)[2] * count
+            kept += [i < count and before + i < count * world.tp - missing for i in range(rows)]
+        result = case.finalize(share_of_owner(out.hidden_states, world), out.state, layout)
+        for rank in range(world.size):
+            assert torch.equal(local(out.hidden_states, rank), everything)
+            assert torch.equal(local(ids, rank), ids_of_all)
+            assert local(out.mask, rank).tolist() == kept
+            assert torch.equal(result[rank], case.tokens[rank])
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -297,70 +327,58 @@ def as_bytes(x: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=25)
 def test_micro_batches_interleave(strategy: Strategy, first: list[int], second: list[int]) -> None:
     with simulated_world(2, 1, 2) as world:
-        a, b = Case(world, first), Case(world, second)
-        length = {"max_tokens_across_dp": 64, "padded_num_tokens": 64}
-        out_a, out_b = a.prepare(strategy, **length), b.prepare(strategy, **length)
+        a, b, layout = Case(world, first), Case(world, second), mo.Layout(strategy, world.groups)
+        out_a, out_b = a.prepare(layout, longest=64), b.prepare(layout, longest=64)
         share = share_of_owner if strategy is Strategy.ALLGATHER else lambda hidden, _: hidden
-        result_a = a.finalize(share(out_a.hidden_states, world), out_a.state, strategy, reduce_results=True)
-        result_b = b.finalize(share(out_b.hidden_states, world), out_b.state, strategy, reduce_results=True)
+        result_a = a.finalize(share(out_a.hidden_states, world), out_a.state, layout, reduce_results=True)
+        result_b = b.finalize(share(out_b.hidden_states, world), out_b.state, layout, reduce_results=True)
         for rank in range(world.size):
             assert torch.equal(result_a[rank], a.tokens[rank])
             assert torch.equal(result_b[rank], b.tokens[rank])
 
 
+@pytest.mark.parametrize("strategy", list(Strategy), ids=lambda s: s.value)
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("shared_expert_dp", [False, True])
-def test_identity_steps_return_their_input(sharded: bool, shared_expert_dp: bool) -> None:
-    x, logits, groups = torch.randn(5, 4), torch.randn(5, 2), mo.ParallelGroups()
-    for strategy, keywords in (
-        (Strategy.ALL2ALL, {}),
-        (Strategy.MC2, {"padded_num_tokens": 5}),
-        (Strategy.ALLGATHER, {}),
-    ):
-        out = mo.prepare(
-            x,
-            logits,
-            strategy=strategy,
-            groups=groups,
-            tokens_are_sharded=sharded,
-            shared_expert_dp=shared_expert_dp,
-            **keywords,
-        )
-        assert out.hidden_states is x and out.router_logits is logits
-        assert mo.finalize(x, out.state, strategy=strategy, groups=groups, reduce_results=True) is x
-        ids = torch.arange(5)
-        assert mo.lay_out_like_prepared(ids, out.state, strategy=strategy, groups=groups) is ids
+def test_identity_steps_return_their_input(strategy: Strategy, sharded: bool, shared_expert_dp: bool) -> None:
+    x, logits = torch.randn(5, 4), torch.randn(5, 2)
+    layout = mo.Layout(strategy, mo.ParallelGroups(), tokens_are_sharded=sharded, shared_expert_dp=shared_expert_dp)
+    out = mo.prepare(x, logits, layout)
+    assert out.hidden_states is x and out.router_logits is logits
+    assert mo.finalize(x, out.state, layout, reduce_results=True) is x
+    ids = torch.arange(5)
+    assert mo.lay_out_like_prepared(ids, out.state, layout) is ids
 
 
 @pytest.mark.parametrize("flag", ["tokens_are_sharded", "shared_expert_dp"])
 def test_all2all_keeps_all_tokens_on_request(flag: str) -> None:
     with simulated_world(1, 1, 4) as world:
-        case = Case(world, [5])
-        out = case.prepare(Strategy.ALL2ALL, **{flag: True})
+        case, layout = Case(world, [5] * 4), mo.Layout(Strategy.ALL2ALL, world.groups, **{flag: True})
+        out = case.prepare(layout)
         assert out.hidden_states is case.x
-        assert mo.finalize(case.x, out.state, strategy=Strategy.ALL2ALL, groups=world.groups) is case.x
+        assert mo.finalize(case.x, out.state, layout) is case.x
 
 
 def test_reduce_results_never_reduces_a_finished_value() -> None:
     with simulated_world(1, 1, 4) as world:
         case = Case(world, [5])
         for strategy in (Strategy.ALL2ALL, Strategy.MC2):
-            out = case.prepare(strategy, padded_num_tokens=8)
-            for rows in case.finalize(out.hidden_states, out.state, strategy, reduce_results=True):
+            layout = mo.Layout(strategy, world.groups)
+            out = case.prepare(layout, longest=5)
+            for rows in case.finalize(out.hidden_states, out.state, layout, reduce_results=True):
                 assert torch.equal(rows, case.tokens[0])
-            assert mo.output_reduction(strategy=strategy, groups=world.groups) is mo.Reduction.COMPLETE
+            assert mo.output_reduction(layout) is mo.Reduction.COMPLETE
 
 
 def test_reduce_results_sums_over_tp_where_nothing_was_gathered() -> None:
     with simulated_world(1, 1, 4) as world:
-        case = Case(world, [5])
-        out = case.prepare(Strategy.ALLGATHER)
-        for rows in case.finalize(out.hidden_states, out.state, Strategy.ALLGATHER, reduce_results=True):
+        case, layout = Case(world, [5]), mo.Layout(Strategy.ALLGATHER, world.groups)
+        out = case.prepare(layout)
+        for rows in case.finalize(out.hidden_states, out.state, layout, reduce_results=True):
             assert torch.equal(rows, case.tokens[0] * 4)
 
 
 def test_state_is_plain_integers() -> None:
-    x, logits = torch.randn(5, 4), torch.randn(5, 2)
-    out = mo.prepare(x, logits, strategy=Strategy.ALL2ALL, groups=mo.ParallelGroups())
+    out = mo.prepare(torch.randn(5, 4), torch.randn(5, 2), mo.Layout(Strategy.ALL2ALL, mo.ParallelGroups()))
     assert all(type(value) is int for value in out.state)
     assert (out.state.num_tokens, out.state.padded_num_tokens) == (5, 5)

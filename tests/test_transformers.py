@@ -1,5 +1,6 @@
 """The MoE blocks of Transformers, computed by themselves in float64, against the stage on 1, 2 and 4 real ranks."""
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -102,9 +103,9 @@ def tokens_of(owner: int) -> torch.Tensor:
     return torch.randn(COUNTS[owner], H, generator=torch.Generator().manual_seed(owner))
 
 
-def run_layer(rank: int, layer: Layer, layout: tuple[int, int, int], is_shared_sharded: bool) -> list[torch.Tensor]:
+def run_layer(rank: int, layer: Layer, topology: tuple[int, int, int], is_shared_sharded: bool) -> list[torch.Tensor]:
     """The result of every form, and of MC2."""
-    groups, ranks = groups_of(*layout), layout[0] * layout[1] * layout[2]
+    groups, ranks = groups_of(*topology), math.prod(topology)
     per_rank = E // ranks
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     parts = [x[mine].clone() if isinstance(x, torch.Tensor) else x for x in layer.experts]
@@ -115,45 +116,39 @@ def run_layer(rank: int, layer: Layer, layout: tuple[int, int, int], is_shared_s
         shared = shared._replace(w13=torch.cat([gate, up]), w2=down, is_tp_sharded=True)
     results = []
     for strategy, dispatch, sharded in [*FORMS, (Strategy.MC2, Dispatch.FIXED_CAPACITY, False)]:
-        owners = [other if sharded else other // layout[2] for other in range(ranks)]
-        hidden, longest = tokens_of(owners[rank]), max(COUNTS[owner] for owner in owners)
+        owners = [other if sharded else other // topology[2] for other in range(ranks)]
+        hidden = tokens_of(owners[rank])
         result = mo.moe_stage(
             hidden,
             torch.nn.functional.linear(hidden, layer.gate, layer.gate_bias),
             experts,
-            routing=layer.routing,
-            strategy=strategy,
-            groups=groups,
-            dispatch=dispatch,
-            reduce_results=True,
-            padded_num_tokens=-(-longest // layout[2]) * layout[2],
-            max_tokens_across_dp=longest,
-            max_tokens_across_pcp=longest * layout[0],
-            num_tokens_across_ep=[COUNTS[owner] for owner in owners] if sharded else None,
-            tokens_are_sharded=sharded,
+            layer.routing,
+            mo.Layout(strategy, groups, dispatch, tokens_are_sharded=sharded),
+            lengths=mo.Lengths(per_rank=[COUNTS[owner] for owner in owners]),
             shared_experts=shared,
+            reduce_results=True,
         )
         results.append(result)
     return results
 
 
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1)]
+TOPOLOGIES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3", "qwen2", "gpt-oss", "deepseek-v3"])
 def test_blocks(
-    family: str, layout: tuple[int, int, int], ranks1: RankPool, ranks2: RankPool, ranks4: RankPool
+    family: str, topology: tuple[int, int, int], ranks1: RankPool, ranks2: RankPool, ranks4: RankPool
 ) -> None:
     block = make_block(family)
     layer = layer_of(family, fill(block))
-    num_ranks = layout[0] * layout[1] * layout[2]
+    num_ranks = math.prod(topology)
     pool = {1: ranks1, 2: ranks2, 4: ranks4}[num_ranks]
     for is_shared_sharded in (False, True) if layer.shared is not None else (False,):
-        answers = pool.run(run_layer, layer, layout, is_shared_sharded)
+        answers = pool.run(run_layer, layer, topology, is_shared_sharded)
         for rank, results in enumerate(answers):
             for (_, _, sharded), result in zip([*FORMS, (None, None, False)], results, strict=True):
-                tokens = tokens_of(rank if sharded else rank // layout[2])
+                tokens = tokens_of(rank if sharded else rank // topology[2])
                 with torch.no_grad():
                     expected = block(tokens.double().unsqueeze(0))
                 expected = (expected[0] if isinstance(expected, tuple) else expected).squeeze(0)

@@ -31,7 +31,7 @@ def measure_compiled(effort: Effort) -> list[Table]:
 
 def _measure_form(group: mo.Group, form: Form, tokens: tuple[int, ...], rounds: int) -> dict[int, dict[str, Timing]]:
     torch._dynamo.reset()
-    eager = make_round_trip(form, form.groups(group))
+    eager = make_round_trip(form, form.layout(group))
     compiled = torch.compile(eager, fullgraph=True)
     answers = {}
     for count in tokens:

@@ -56,16 +56,16 @@ def _make_table(place: str) -> Table:
 
 
 def _measure_form(group: mo.Group, form: Form, tokens: int, rounds: int, is_real: bool) -> dict[str, dict[str, Timing]]:
-    groups = form.groups(group)
+    layout = form.layout(group)
     inputs = make_inputs(group, form.tokens(group.size, tokens))
     prepare, finalize = INLINE[form]
-    ours = call_prepare(form, groups, inputs)
+    ours = call_prepare(form, layout, inputs)
     prepared = ours()
     y = prepared.hidden_states
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "prepare": (ours, lambda: prepare(group, inputs)),
         "finalize": (
-            lambda: mo.finalize(y, prepared.state, strategy=form.strategy, groups=groups),
+            lambda: mo.finalize(y, prepared.state, layout),
             lambda: finalize(group, inputs, y),
         ),
     }

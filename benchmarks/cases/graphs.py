@@ -28,7 +28,7 @@ def count_graphs(effort: Effort) -> list[Table]:
 def _count(group: mo.Group, form: Form, backend: str) -> int:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    eager = make_round_trip(form, form.groups(group))
+    eager = make_round_trip(form, form.layout(group))
     compiled = torch.compile(eager, backend=counter, fullgraph=True)
     may_differ = form.axis == "dp" or form.is_ragged  # tokens are the same on all TP ranks
     for first, second in zip(SWEEP, reversed(SWEEP) if may_differ else SWEEP, strict=True):

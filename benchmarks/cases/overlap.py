@@ -52,23 +52,11 @@ def _measure(group: mo.Group, what: str, path: ours.Path, mode: str, tokens: int
 
 def _stage(group: mo.Group, path: ours.Path, run: Callable[..., Any]) -> Callable[..., Any]:
     """The stage of a path with what all of these have in common."""
-    experts = make_weights(torch.bfloat16).share_of(group)
-    groups = mo.ParallelGroups(dp=group, ep=group)
+    experts, layout = make_weights(torch.bfloat16).share_of(group), path.layout(group)
 
     def stage(hidden_states: torch.Tensor, router_logits: torch.Tensor, **keywords: Any) -> Any:
-        mask = torch.ones(hidden_states.shape[0], dtype=torch.bool)
-        return run(
-            hidden_states,
-            router_logits,
-            experts,
-            routing=ROUTING,
-            strategy=path.strategy,
-            groups=groups,
-            dispatch=path.dispatch,
-            mc2_mask=mask if path.strategy is mo.Strategy.MC2 else None,
-            tokens_are_sharded=path.is_sharded,
-            **keywords,
-        )
+        lengths = mo.Lengths(equal=True)
+        return run(hidden_states, router_logits, experts, ROUTING, layout, lengths=lengths, **keywords)
 
     return stage
 
@@ -88,11 +76,9 @@ def _shared(group: mo.Group, path: ours.Path, tokens: int, mode: str) -> Pair:
     generator = torch.Generator().manual_seed(1)
     shapes = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
     w13, w2 = ((torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(torch.bfloat16) for shape in shapes)
-    shared, groups = mo.SharedExperts(w13, w2, is_tp_sharded=False), mo.ParallelGroups(dp=group, ep=group)
+    shared, layout = mo.SharedExperts(w13, w2, is_tp_sharded=False), path.layout(group)
     return {
-        APART: _bind(
-            mode, lambda x, logits: [stage(x, logits) + run_shared_experts(x, shared, groups=groups)[0]], x, logits
-        ),
+        APART: _bind(mode, lambda x, logits: [stage(x, logits) + run_shared_experts(x, shared, layout)[0]], x, logits),
         TOGETHER: _bind(mode, lambda x, logits: [stage(x, logits, shared_experts=shared)], x, logits),
     }
 

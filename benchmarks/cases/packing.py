@@ -12,7 +12,7 @@ from benchmarks.forms import EXPERTS, HIDDEN
 from benchmarks.ranks import Ranks
 from benchmarks.registry import Aim, Case, Chart, Effort, Table
 from benchmarks.timing import Timing, compare, slowest
-from moe_ops.collectives import all_gather, start_gather_rows
+from moe_ops.collectives import all_gather, gather_rows
 
 TOKENS = (8, 64, 512)
 PAYLOADS = ("bf16 hidden + fp32 logits", "int8 hidden + scale + fp32 logits")
@@ -51,9 +51,9 @@ def _measure_payload(group: mo.Group, payload: str, tokens: int, rounds: int) ->
     tensors = _make_payload(payload, tokens)
     fill = [0] * len(tensors)
     variants: dict[str, Callable[[], list[torch.Tensor]]] = {
-        "packed": lambda: start_gather_rows(tensors, rows=tokens, fill=fill, size=group.size, group=group.name)(),
+        "packed": lambda: gather_rows(tensors, tokens, fill, group.size, group.name)(),
         "by hand": lambda: _gather_by_hand(tensors, group),
-        "separate": lambda: [all_gather(tensor, group.size, group.name) for tensor in tensors],
+        "separate": lambda: [all_gather(tensor, group.size, group.name)() for tensor in tensors],
     }
     for results in zip(*(call() for call in variants.values()), strict=True):
         for result in results[1:]:

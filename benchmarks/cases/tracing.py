@@ -94,29 +94,22 @@ def _trace(group: mo.Group, subject: Subject) -> Trace:
 
 
 def _make_round_trip(group: mo.Group, subject: Subject) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    form, groups = subject.form, subject.form.groups(group)
-    pairs = group.size // 2
+    layout, pairs = subject.form.layout(group), group.size // 2
     counts = [TOKENS, FEWER] * pairs
     carriers = [mo.token_count(count) for count in counts] if subject.counts == "variable" else []
 
-    def num_tokens_across_ep() -> list[int] | None:
+    def lengths() -> mo.Lengths:
         if subject.counts == "code":
-            return [TOKENS, FEWER] * pairs
+            return mo.Lengths(per_rank=[TOKENS, FEWER] * pairs)
         if subject.counts == "list":
-            return counts
-        return [carrier.shape[0] for carrier in carriers] or None
+            return mo.Lengths(per_rank=counts)
+        if subject.counts == "variable":
+            return mo.Lengths(per_rank=[carrier.shape[0] for carrier in carriers])
+        return mo.Lengths(longest=TOKENS)
 
     def round_trip(hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        prepared = mo.prepare(
-            hidden_states,
-            router_logits,
-            strategy=form.strategy,
-            groups=groups,
-            max_tokens_across_dp=TOKENS,
-            num_tokens_across_ep=num_tokens_across_ep(),
-            tokens_are_sharded=form.is_sharded,
-        )
-        return mo.finalize(prepared.hidden_states, prepared.state, strategy=form.strategy, groups=groups)
+        prepared = mo.prepare(hidden_states, router_logits, layout, lengths())
+        return mo.finalize(prepared.hidden_states, prepared.state, layout)
 
     return round_trip
 

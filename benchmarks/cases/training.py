@@ -136,21 +136,10 @@ def _contestants(weights: Weights, group: mo.Group) -> dict[str, Trained]:
 def _build(path: ours.Path, weights: Weights, group: mo.Group) -> Trained:
     share, router = weights.share_of(group), weights.router.clone().requires_grad_()
     experts = share._replace(w13=share.w13.requires_grad_(), w2=share.w2.requires_grad_())
-    groups = mo.ParallelGroups(dp=group, ep=group)
+    layout, lengths = path.layout(group), mo.Lengths(equal=True)
 
     def call(hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden_states, router)
-        mask = hidden_states.new_ones(hidden_states.shape[0], dtype=torch.bool)
-        return mo.moe_stage(
-            hidden_states,
-            logits,
-            experts,
-            routing=ROUTING,
-            strategy=path.strategy,
-            groups=groups,
-            dispatch=path.dispatch,
-            mc2_mask=mask if path.strategy is mo.Strategy.MC2 else None,
-        )
+        return mo.moe_stage(hidden_states, F.linear(hidden_states, router), experts, ROUTING, layout, lengths=lengths)
 
     return Trained(call, (experts.w13,), experts.w2)
 

@@ -46,11 +46,11 @@ def _is_gather(row: dict[str, str | float]) -> bool:
 
 
 def _count(group: mo.Group, form: Form) -> tuple[Traffic, Traffic]:
-    groups = form.groups(group)
-    prepare = call_prepare(form, groups, make_inputs(group, form.tokens(group.size, TOKENS)))
+    layout = form.layout(group)
+    prepare = call_prepare(form, layout, make_inputs(group, form.tokens(group.size, TOKENS)))
     prepared = prepare()
     y, state = prepared.hidden_states, prepared.state
-    return _count_call(prepare), _count_call(lambda: mo.finalize(y, state, strategy=form.strategy, groups=groups))
+    return _count_call(prepare), _count_call(lambda: mo.finalize(y, state, layout))
 
 
 def _count_call(call: Callable[[], Any]) -> Traffic:
@@ -60,7 +60,7 @@ def _count_call(call: Callable[[], Any]) -> Traffic:
 
 
 def _formula(form: Form, step: str, world: int) -> int:
-    """Bytes by reference/field.md, in arithmetic of its own. Ragged ranks send padded rows: the collective is even."""
+    """Bytes of the formula, in arithmetic of its own. Ragged ranks send padded rows: the collective is even."""
     if form.strategy is mo.Strategy.ALLGATHER:
         row = HIDDEN_BYTES + LOGITS_BYTES if step == "prepare" else HIDDEN_BYTES
         return (world - 1) * TOKENS * row

@@ -3,7 +3,8 @@
 import torch
 
 from fake_impls.checks import FLOATS, check_dim, check_dtype, check_equal, check_same_rows
-from fake_impls.route import IDS
+from fake_impls.experts import sum_dtype
+from fake_impls.route import check_ids
 
 
 def vllm_cpu_experts(
@@ -16,13 +17,26 @@ def vllm_cpu_experts(
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     activation: str,
-    is_weighed: bool,
+    weights_on_input: bool,
 ) -> torch.Tensor:
-    """``[N, H], int [N, K], float32 [N, K], packed [E, 2 * I, H] and [E, H, I] -> [N, H]``."""
+    """``[N, H], int [N, K], float32 [N, K], packed [E, 2 * I, H] and [E, H, I] -> [N, H]``, float32 of float16."""
+    return hidden_states.new_empty(hidden_states.shape, dtype=sum_dtype(hidden_states.dtype))
+
+
+def check_vllm_cpu_experts(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    first_expert: int,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    *_: object,
+) -> None:
     check_dim("experts", "hidden_states", hidden_states, 2)
     check_dtype("experts", "hidden_states", hidden_states, FLOATS)
-    check_dim("experts", "topk_ids", topk_ids, 2)
-    check_dtype("experts", "topk_ids", topk_ids, IDS)
+    check_ids("experts", topk_ids)
     check_dtype("experts", "topk_weights", topk_weights, (torch.float32,))
     check_same_rows("experts", "topk_ids", topk_ids, "hidden_states", hidden_states)
     check_same_rows("experts", "topk_weights", topk_weights, "hidden_states", hidden_states)
@@ -30,7 +44,6 @@ def vllm_cpu_experts(
     check_dtype("experts", "w13", w13, (hidden_states.dtype,))
     check_weights(w13, w2, w13_bias, w2_bias)
     check_equal("experts", "inputs of w13", w13.shape[2], hidden_states.shape[1], "columns of hidden_states")
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
 def check_weights(

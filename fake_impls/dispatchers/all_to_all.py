@@ -5,44 +5,40 @@ from collections.abc import Sequence
 import torch
 
 from fake_impls.checks import check_dim, check_equal
-from fake_impls.collectives import pack_rows
-from fake_impls.dispatchers.copies import check_plan
+from fake_impls.dispatchers.copies import check_payload, check_plan_copies
 from fake_impls.layout import total
 
 
-def dispatch_all_to_all(
-    tensors: Sequence[torch.Tensor],
-    topk_ids: torch.Tensor,
-    fill: Sequence[int],
-    num_local_experts: int,
-    group: str,
-    size: int,
-) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.SymInt], list[torch.SymInt]]:
-    """``[N, ...] each, int [N, K] -> [R, ...] each, int64 [N, W], SymInt[W], SymInt[W]``.
+def exchange_counts(
+    topk_ids: torch.Tensor, num_local_experts: int, group: str, size: int
+) -> tuple[torch.Tensor, list[torch.SymInt], list[torch.SymInt]]:
+    """``int [N, K] -> int64 [N, W], SymInt[W], SymInt[W]``.
 
-    R is what the other ranks send: the one number that the arguments do not tell, a new symbol for each source.
+    What the other ranks send is what no argument tells: a new symbol for each of them.
     """
-    check_plan(topk_ids, num_local_experts, None)
     context = torch.library.get_ctx()
     send_splits = [context.new_dynamic_size() for _ in range(size)]
     receive_splits = [context.new_dynamic_size() for _ in range(size)]
+    return topk_ids.new_empty(topk_ids.shape[0], size, dtype=torch.int64), send_splits, receive_splits
+
+
+def check_exchange_counts(topk_ids: torch.Tensor, num_local_experts: int, *_: object) -> None:
+    check_plan_copies(topk_ids, num_local_experts)
+
+
+def dispatch_all_to_all(
+    tensors: Sequence[torch.Tensor], num_local_experts: int, group: str, size: int
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.SymInt], list[torch.SymInt]]:
+    """``[N, ...] each, of which the second are ids [N, K] -> [R, ...] each``, and what `exchange_counts` returns."""
+    positions, send_splits, receive_splits = exchange_counts(tensors[1], num_local_experts, group, size)
     received = torch.sym_sum(receive_splits)
-    positions = topk_ids.new_empty(topk_ids.shape[0], size, dtype=torch.int64)
     rows = [tensor.new_empty(received, *tensor.shape[1:]) for tensor in tensors]
     return rows, positions, send_splits, receive_splits
 
 
-def start_dispatch_all_to_all(
-    tensors: Sequence[torch.Tensor],
-    topk_ids: torch.Tensor,
-    fill: Sequence[int],
-    num_local_experts: int,
-    group: str,
-    size: int,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.SymInt], list[torch.SymInt]]:
-    """As `dispatch_all_to_all`, but for the rows, which are ``uint8 [R, B]``, packed and still in flight."""
-    rows, positions, send, receive = dispatch_all_to_all(tensors, topk_ids, fill, num_local_experts, group, size)
-    return pack_rows(rows, rows[0].shape[0], fill), positions, send, receive
+def check_dispatch_all_to_all(tensors: Sequence[torch.Tensor], num_local_experts: int, *_: object) -> None:
+    check_payload(tensors)
+    check_plan_copies(tensors[1], num_local_experts)
 
 
 def combine_all_to_all(
@@ -54,19 +50,21 @@ def combine_all_to_all(
     size: int,
 ) -> torch.Tensor:
     """``[R, H], int64 [N, W] -> [N, H]``."""
-    check_splits(rows, positions, send_splits, receive_splits, size)
     return rows.new_empty(positions.shape[0], rows.shape[1])
 
 
-def check_splits(
-    rows: torch.Tensor, positions: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], size: int
+def check_combine_all_to_all(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: str,
+    size: int,
 ) -> None:
-    """All rows that dispatch received, and how many came from and go to each rank."""
     check_dim("combine", "rows", rows, 2)
     check_dim("combine", "positions", positions, 2)
     if len(send_splits) != size or len(receive_splits) != size:
         raise ValueError(
             f"combine: splits must hold {size} counts, got {len(send_splits)} to send and {len(receive_splits)} to receive"
         )
-    received = total(receive_splits)
-    check_equal("combine", "rows", rows.shape[0], received, "those that dispatch returned")
+    check_equal("combine", "rows", rows.shape[0], total(receive_splits), "those that dispatch returned")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from fake_impls.checks import check_dim, check_dtype, check_same_rows
-from fake_impls.collectives import row_bytes
+from fake_impls.packing import row_bytes
 from fake_impls.route import IDS
 
 
@@ -13,20 +13,12 @@ def plan_copies(
     topk_ids: torch.Tensor, num_local_experts: int, size: int, capacity: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``int [N, K] -> int64 [N, W], int64 [W]``."""
-    check_plan(topk_ids, num_local_experts, capacity)
     return topk_ids.new_empty(topk_ids.shape[0], size, dtype=torch.int64), topk_ids.new_empty(size, dtype=torch.int64)
 
 
-def pack_copies(
-    tensors: Sequence[torch.Tensor], positions: torch.Tensor, rows: int, fill: Sequence[int]
-) -> torch.Tensor:
-    """``[N, ...] each, int64 [N, W] -> uint8 [rows, B]``."""
-    check_copies(tensors, positions)
-    return positions.new_empty(rows, sum(row_bytes(tensor) for tensor in tensors), dtype=torch.uint8)
-
-
-def check_plan(topk_ids: torch.Tensor, num_local_experts: int, capacity: int | None) -> None:
-    """Ids, experts on each rank, and room for a number of rows."""
+def check_plan_copies(
+    topk_ids: torch.Tensor, num_local_experts: int, size: int = 1, capacity: int | None = None
+) -> None:
     check_dim("dispatch", "topk_ids", topk_ids, 2)
     check_dtype("dispatch", "topk_ids", topk_ids, IDS)
     if num_local_experts < 1:
@@ -35,8 +27,22 @@ def check_plan(topk_ids: torch.Tensor, num_local_experts: int, capacity: int | N
         raise ValueError(f"dispatch: capacity must not be negative, got {capacity}")
 
 
-def check_copies(tensors: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
-    """Rows with as many lists of places."""
+def pack_copies(
+    tensors: Sequence[torch.Tensor], positions: torch.Tensor, rows: int, fill: Sequence[int]
+) -> torch.Tensor:
+    """``[N, ...] each, int64 [N, W] -> uint8 [rows, B]``."""
+    return positions.new_empty(rows, sum(row_bytes(tensor) for tensor in tensors), dtype=torch.uint8)
+
+
+def check_pack_copies(tensors: Sequence[torch.Tensor], positions: torch.Tensor, *_: object) -> None:
     check_dim("dispatch", "positions", positions, 2)
     for tensor in tensors:
         check_same_rows("dispatch", "topk_ids", positions, "hidden_states", tensor)
+
+
+def check_payload(tensors: Sequence[torch.Tensor]) -> None:
+    """What is dispatched."""
+    if not 3 <= len(tensors) <= 4:
+        raise ValueError(
+            f"dispatch: tensors must be hidden states, ids, weights and perhaps scales, got {len(tensors)} tensors"
+        )

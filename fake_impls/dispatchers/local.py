@@ -12,7 +12,6 @@ def permute_by_expert(
     tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
 ) -> list[torch.Tensor]:
     """``[N, ...] each, int [N, K] -> [R, ...] each, then int64 [E] and int64 [N, K]``."""
-    check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     return [
         *(tensor.new_empty(num_rows * top_k, *tensor.shape[1:]) for tensor in tensors),
@@ -21,40 +20,9 @@ def permute_by_expert(
     ]
 
 
-def unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-    """``[R, H], float32 [N, K]?, int64 [N, K] -> [N, H]``."""
-    check_unpermute(rows, weights, positions)
-    return rows.new_empty(positions.shape[0], rows.shape[1])
-
-
-def weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """``[R, H], float32 [N, K], int64 [N, K] -> [R, H]``."""
-    check_unpermute(rows, weights, positions)
-    return rows.new_empty(rows.shape)
-
-
-def spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[N, H], int64 [N, K] -> [rows, H]``: row `i` where each of its choices went, zero where none did."""
-    check_dim("spread_rows", "x", x, 2)
-    check_dim("spread_rows", "positions", positions, 2)
-    check_dtype("spread_rows", "positions", positions, (torch.int64,))
-    check_same_rows("spread_rows", "positions", positions, "x", x)
-    return x.new_empty(rows, x.shape[1])
-
-
-def dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """``[R, H], [R, H], int64 [N, K] -> float32 [N, K]``: the dot product of the rows of each choice, 0 without one."""
-    check_dim("dot_rows", "a", a, 2)
-    check_dim("dot_rows", "b", b, 2)
-    check_dim("dot_rows", "positions", positions, 2)
-    check_dtype("dot_rows", "positions", positions, (torch.int64,))
-    check_same_rows("dot_rows", "b", b, "a", a)
-    check_equal("dot_rows", "columns of b", b.shape[1], a.shape[1], "those of a")
-    return a.new_empty(positions.shape, dtype=torch.float32)
-
-
-def check_permute(tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, num_local_experts: int) -> None:
-    """Rows with as many lists of expert ids, and an expert to send them to."""
+def check_permute_by_expert(
+    tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
+) -> None:
     check_dim("dispatch", "topk_ids", topk_ids, 2)
     check_dtype("dispatch", "topk_ids", topk_ids, IDS)
     for tensor in tensors:
@@ -63,8 +31,12 @@ def check_permute(tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, num_l
         raise ValueError(f"dispatch: num_local_experts must be at least 1, got {num_local_experts}")
 
 
+def unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+    """``[R, H], float32 [N, K]?, int64 [N, K] -> [N, H]``."""
+    return rows.new_empty(positions.shape[0], rows.shape[1])
+
+
 def check_unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> None:
-    """Weights and positions of as many rows and choices."""
     check_dim("combine", "rows", rows, 2)
     check_dim("combine", "positions", positions, 2)
     check_dtype("combine", "positions", positions, (torch.int64,))
@@ -73,3 +45,34 @@ def check_unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions:
         check_dtype("combine", "weights", weights, (torch.float32,))
         check_same_rows("combine", "weights", weights, "positions", positions)
         check_equal("combine", "columns of weights", weights.shape[1], positions.shape[1], "those of positions")
+
+
+def weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """``[R, H], float32 [N, K], int64 [N, K] -> [R, H]``."""
+    return rows.new_empty(rows.shape)
+
+
+def spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[N, H], int64 [N, K] -> [rows, H]``: row `i` where each of its choices went, zero where none did."""
+    return x.new_empty(rows, x.shape[1])
+
+
+def check_spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> None:
+    check_dim("spread_rows", "x", x, 2)
+    check_dim("spread_rows", "positions", positions, 2)
+    check_dtype("spread_rows", "positions", positions, (torch.int64,))
+    check_same_rows("spread_rows", "positions", positions, "x", x)
+
+
+def dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """``[R, H], [R, H], int64 [N, K] -> float32 [N, K]``: the dot product of the rows of each choice, 0 without one."""
+    return a.new_empty(positions.shape, dtype=torch.float32)
+
+
+def check_dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> None:
+    check_dim("dot_rows", "a", a, 2)
+    check_dim("dot_rows", "b", b, 2)
+    check_dim("dot_rows", "positions", positions, 2)
+    check_dtype("dot_rows", "positions", positions, (torch.int64,))
+    check_same_rows("dot_rows", "b", b, "a", a)
+    check_equal("dot_rows", "columns of b", b.shape[1], a.shape[1], "those of a")

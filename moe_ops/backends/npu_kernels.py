@@ -6,12 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fake_impls import experts as expert_shapes
-from fake_impls import quantize as quantize_shapes
-from fake_impls.dispatchers import local as local_shapes
-from moe_ops._library import BODIES, PORTABLE, add_kernel
+from fake_impls.route import RouteSettings
+from moe_ops import experts, quantize  # noqa: F401  # which define the ops
+from moe_ops._library import KERNELS, PORTABLE, add_kernel, is_known
 from moe_ops.backends import npu
 from moe_ops.dispatchers.local import sources
 from moe_ops.route import choose_by_sorting, route_kernel
@@ -23,10 +21,9 @@ ROUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 
 
 def _quantize(x: torch.Tensor, quant: Quant, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    quantize_shapes.check_input(x)
     if npu.can_quantize(x, quant):
         return npu.quantize(x, quant)
-    quantized, scale = BODIES[name][PORTABLE](x)
+    quantized, scale = KERNELS[name][PORTABLE](x)
     return quantized, scale
 
 
@@ -43,28 +40,20 @@ def _quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _choose(
-    logits_TE: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    num_expert_group: int,
-    topk_group: int,
-    e_score_correction_bias: torch.Tensor | None,
-    is_active_T1: torch.Tensor | None,
+    logits_TE: torch.Tensor, is_active_T1: torch.Tensor | None, settings: RouteSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    choice = top_k, scoring, num_expert_group, topk_group, e_score_correction_bias
-    if not npu.gating_can_route(scoring, logits_TE.shape[1], num_expert_group):
-        return choose_by_sorting(logits_TE, *choice, is_active_T1)
+    if not npu.gating_can_route(settings.scoring, logits_TE.shape[1], settings.num_expert_group):
+        return choose_by_sorting(logits_TE, is_active_T1, settings)
     # The op need not return ids of experts for rows with NaN, which those that are not active may hold, too.
     is_nan_T1 = (logits_TE != logits_TE).any(dim=1, keepdim=True)  # torchair converts no isnan
     is_usable_T1 = ~is_nan_T1 if is_active_T1 is None else is_active_T1 & ~is_nan_T1
-    ids_TK, scores_TE = npu.gating_top_k(torch.where(is_usable_T1, logits_TE, 0.0), *choice)
+    ids_TK, scores_TE = npu.gating_top_k(torch.where(is_usable_T1, logits_TE, 0.0), settings)
     return ids_TK, torch.where(is_nan_T1, torch.nan, scores_TE)
 
 
 def _permute(
     tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
 ) -> list[torch.Tensor]:
-    local_shapes.check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     local_NK = topk_ids - first_expert
     is_local_NK = (local_NK >= 0) & (local_NK < num_local_experts)
@@ -82,10 +71,9 @@ def _permute(
 def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
     num_choices = positions.shape[0] * positions.shape[1]
     # The op takes one row for each choice; without weights the sum is over ranks, and K small.
-    if weights is None or not statically_known_true(rows.shape[0] == num_choices) or not rows.shape[0]:
-        summed: torch.Tensor = BODIES["unpermute"][PORTABLE](rows, weights, positions)
+    if weights is None or not is_known(rows.shape[0] == num_choices) or not rows.shape[0]:
+        summed: torch.Tensor = KERNELS["unpermute"][PORTABLE](rows, weights, positions)
         return summed
-    local_shapes.check_unpermute(rows, weights, positions)
     # Rows that no choice went to may hold NaN, and so may weights of choices that went nowhere. For any such choice there is
     # such a row, whose zeros it reads.
     went_NK = positions >= 0
@@ -99,14 +87,15 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
 def _grouped_linear(
     rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    expert_shapes.check_grouped_linear(rows, counts, weight, bias)
-    return npu.grouped_linear(rows, counts, weight.transpose(1, 2), bias)
+    # float32 rows of float16 weights: the kernel takes one dtype, and so rounds its results to float16.
+    bias = bias if bias is None else bias.to(weight.dtype)
+    return npu.grouped_linear(rows.to(weight.dtype), counts, weight.transpose(1, 2), bias).to(rows.dtype)
 
 
 def _on_npu(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
     """Other devices may have the same dispatch key."""
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-    return kernel(*args) if npu.is_on_npu(first) else BODIES[name][PORTABLE](*args)
+    return kernel(*args) if npu.is_on_npu(first) else KERNELS[name][PORTABLE](*args)
 
 
 for _name, _kernel in (

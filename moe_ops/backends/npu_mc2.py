@@ -1,20 +1,21 @@
 """The exchange of a fixed capacity by MC2, which sends rows straight to their experts and sums what comes back.
 
 Pages: ``torch_npu-npu_moe_distribute_dispatch_v2.md`` and ``..._combine_v2.md`` of https://gitcode.com/Ascend/op-plugin, in
-``docs/context``. For Atlas A3 and the chips of A5; on A2 the mask of the op is one flag a row, in a row of True that ends once,
-which cannot say that a single choice goes nowhere, so the portable exchange serves A2.
+``docs/context``. For Atlas A3 and the chips of A5; on A2 the mask of the op is one flag a row, first all that are True, which
+cannot say that a single choice goes nowhere, so the portable exchange serves A2.
 
 N rows of this rank (as many on all ranks), K top-k, H hidden, E experts of a rank, W ranks, A = N * W * min(E, K) rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import GroupName
-from torch.fx.experimental.symbolic_shapes import guard_or_true, statically_known_true
 
 from fake_impls.checks import check_at_least, check_at_most
+from moe_ops._library import is_known
 from moe_ops.backends.npu import ASCEND_910_93, ASCEND_950, BY_COUNT, TORCH_E4M3, is_on_npu, scale_of_pairs, soc_version
 from moe_ops.groups import Group, check_group
 from moe_ops.types import Quant
@@ -22,6 +23,13 @@ from moe_ops.types import Quant
 MAX_ROWS, MAX_TOP_K = 512, 16
 MIN_WIDTH, MAX_WIDTH = 1024, 8192  # of a row, on A3
 QUANT_MODES = {Quant.NONE: 0, Quant.W8A8: 2, Quant.W4A8: 2, Quant.MXFP8: 4}
+
+
+class FusedExchange(NamedTuple):
+    """The two halves of an exchange, each of which is one op; see `dispatch` and `combine`."""
+
+    dispatch: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, "Mc2State"]]
+    combine: Callable[..., torch.Tensor]
 
 
 class Mc2State(NamedTuple):
@@ -46,10 +54,10 @@ class Mc2State(NamedTuple):
     expand_scales: torch.Tensor | None
 
 
-def can_exchange(x: torch.Tensor, common: int, top_k: int, quant: Quant) -> bool:
-    """Whether MC2 takes these rows, padded to those `common` to all ranks. It has no gradient, and no form for no rows.
+def can_exchange(x: torch.Tensor, rows: int, top_k: int, quant: Quant) -> bool:
+    """Whether MC2 takes rows like these, of which every rank brings `rows`. It has no gradient, and no form for no rows.
 
-    All ranks have to decide alike, so how many rows this one has says nothing. A count that the compiler does not know is held
+    All ranks have to decide alike, so how many rows `x` has says nothing. A count that the compiler does not know is held
     to fit, and checked when the code runs.
     """
     if not is_on_npu(x) or x.dtype not in (torch.bfloat16, torch.float16) or quant not in QUANT_MODES:
@@ -58,7 +66,11 @@ def can_exchange(x: torch.Tensor, common: int, top_k: int, quant: Quant) -> bool
         return False
     if top_k > MAX_TOP_K or (soc_version() < ASCEND_950 and not MIN_WIDTH <= x.shape[1] <= MAX_WIDTH):
         return False
-    return guard_or_true(common <= MAX_ROWS) and not statically_known_true(common == 0)
+    if isinstance(rows, int) and not torch.compiler.is_dynamo_compiling():
+        return 0 < rows <= MAX_ROWS
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(rows <= MAX_ROWS) and not is_known(rows == 0)
 
 
 def dispatch(
@@ -70,11 +82,13 @@ def dispatch(
     ep: Group,
     quant: Quant,
     has_gaps: bool,
+    may_repeat: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Mc2State]:
     """Send each row to its experts: rows ``[A, H]`` grouped by expert, their scales, counts ``[E]``, and the state.
 
-    All ranks bring as many rows. Choices that are -1 go nowhere; without `has_gaps` they are all of a row, or none. Only the
-    first ``counts.sum()`` rows are written. Quantised on the way, if asked to.
+    All ranks bring as many rows. Choices that are -1 go nowhere; without `has_gaps` they are all of a row, or none. With
+    `may_repeat` an expert may stand in a row more than once. Only the first ``counts.sum()`` rows are written. Quantised on the
+    way, if asked to.
 
     Raises:
         ValueError: more rows or choices than the kernel takes.
@@ -82,11 +96,14 @@ def dispatch(
     check_group("dispatch", "ep", ep.name, ep.size, ep.rank)
     check_at_least("dispatch", "rows of a rank", x.shape[0], 1, "what MC2 takes")
     check_at_most("dispatch", "rows of a rank", x.shape[0], MAX_ROWS, "those that MC2 takes")
-    check_at_most("dispatch", "top_k", topk_ids.shape[1], MAX_TOP_K, "that of MC2")
+    num_experts = num_local_experts * ep.size
+    check_at_most("dispatch", "top_k", topk_ids.shape[1], min(MAX_TOP_K, num_experts), "that of MC2")
+    if may_repeat:
+        topk_ids, topk_weights = _merge_repeated(topk_ids, topk_weights)
     is_choice_NK = topk_ids >= 0
     # Ids have to be experts, and different ones in each row, masked or not.
     if has_gaps:
-        spare_NK = _free_experts(topk_ids, is_choice_NK, num_local_experts * ep.size)
+        spare_NK = _free_experts(topk_ids, is_choice_NK, num_experts)
     else:
         spare_NK = torch.arange(topk_ids.shape[1], device=topk_ids.device, dtype=torch.int32)
     ids_NK = torch.where(is_choice_NK, topk_ids.to(torch.int32), spare_NK)
@@ -121,6 +138,17 @@ def dispatch(
         expand_scales if is_a5 else None,
     )
     return rows, scale, counts, state
+
+
+def _merge_repeated(topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each expert of a row once, with the sum of its weights; -1 in the other places."""
+    top_k = topk_ids.shape[1]
+    is_same_NKK = topk_ids.unsqueeze(2) == topk_ids.unsqueeze(1)
+    place_K = torch.arange(top_k, device=topk_ids.device)
+    is_before_KK = place_K.unsqueeze(0) < place_K.unsqueeze(1)
+    is_repeated_NK = (is_same_NKK & is_before_KK).any(dim=2)
+    summed_NK = torch.where(is_same_NKK, topk_weights.unsqueeze(1), 0.0).sum(dim=2)
+    return torch.where(is_repeated_NK, -1, topk_ids), summed_NK
 
 
 def _free_experts(topk_ids: torch.Tensor, is_choice_NK: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -170,9 +198,12 @@ def _axis(num_local_experts: int, ep: Group) -> dict[str, object]:
     }
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a name, which does not change
 def hccl_communicator(group: str, rank: int) -> str:
     """The name of a process group's HCCL communicator, which fused ops go by."""
     backend = _resolve_process_group(GroupName(group))._get_backend(torch.device("npu"))
     name: str = backend.get_hccl_comm_name(rank)  # type: ignore[attr-defined]
     return name
+
+
+hccl_communicator._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in moe_ops.groups
+EXCHANGE = FusedExchange(dispatch, combine)

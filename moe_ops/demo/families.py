@@ -86,7 +86,7 @@ def _draw_tokens(count: int, gate: torch.Tensor, routing: mo.Routing, generator:
     Where the last expert chosen and the first left out score the same but for rounding, either choice is right, and the
     results have nothing in common: such tokens are left out.
     """
-    drawn = torch.randn(3 * count + 16, HIDDEN, generator=generator).to(gate.dtype)
+    drawn = torch.randn(16 * count + 64, HIDDEN, generator=generator).to(gate.dtype)
     logits = drawn.double() @ gate.double().T
     # Neither a softmax nor a sigmoid moves scores apart by more than the logits, nor does the sum of two by more than twice.
     is_clear = _margins(logits, routing) > 8 * torch.finfo(gate.dtype).eps * logits.abs().amax(dim=1)

@@ -62,12 +62,10 @@ class Sink(Protocol):
 
 
 class Inputs(NamedTuple):
-    """What the compiled function is given; lengths travel as the rows of tensors, so that none is compiled in."""
+    """What the compiled function is given; the length travels as the rows of a tensor, so that it is not compiled in."""
 
     hidden_states: torch.Tensor
-    mc2_mask: torch.Tensor
     longest: torch.Tensor
-    counts: list[torch.Tensor]
 
 
 Layer = Callable[[Inputs], torch.Tensor]
@@ -92,7 +90,7 @@ def _run_form(family: Family, form: Form, groups: mo.ParallelGroups, backend: st
     counter = CompileCounterWithBackend(backend)
     layer = torch.compile(_make_layer(family, form, groups), backend=counter, fullgraph=True)
     for index, case in enumerate(family.cases(form)):
-        inputs = _make_inputs(case, groups)
+        inputs = _make_inputs(case, groups.ep.rank)
         error = relative_error(layer(inputs), case.expected[groups.ep.rank], case.tokens[groups.ep.rank].dtype)
         seconds = statistics.median(_time(layer, inputs) for _ in range(TIMED_CALLS))
         dist.barrier()
@@ -107,22 +105,18 @@ def _make_layer(family: Family, form: Form, groups: mo.ParallelGroups) -> Layer:
     mine = slice(groups.ep.rank * size, (groups.ep.rank + 1) * size)
     experts = mo.ExpertWeights(family.experts.w13[mine].clone(), family.experts.w2[mine].clone())
     shared = _own_shared(family.shared, groups.tp)
+    layout = mo.Layout(form.strategy, groups, form.dispatch, tokens_are_sharded=form.is_sharded)
 
     def layer(inputs: Inputs) -> torch.Tensor:
         return mo.moe_stage(
             inputs.hidden_states,
             linear(inputs.hidden_states, family.gate),
             experts,
-            routing=family.routing,
-            strategy=form.strategy,
-            groups=groups,
-            dispatch=form.dispatch,
-            reduce_results=True,
+            family.routing,
+            layout,
+            lengths=mo.Lengths(longest=inputs.longest.shape[0]),
             shared_experts=shared,
-            mc2_mask=inputs.mc2_mask,
-            max_tokens_across_dp=inputs.longest.shape[0],
-            num_tokens_across_ep=[count.shape[0] for count in inputs.counts] if form.is_sharded else None,
-            tokens_are_sharded=form.is_sharded,
+            reduce_results=True,
         )
 
     return layer
@@ -136,14 +130,11 @@ def _own_shared(shared: mo.SharedExperts | None, tp: mo.Group) -> mo.SharedExper
     return shared._replace(w13=torch.cat([gate, up]), w2=shared.w2.chunk(tp.size, dim=1)[tp.rank].clone())
 
 
-def _make_inputs(case: Case, groups: mo.ParallelGroups) -> Inputs:
-    """What this rank gives to the layer; a serving engine knows the counts of the other ranks just so."""
-    tokens = case.tokens[groups.ep.rank]
-    longest = max(case.counts)
-    padded = -(-longest // groups.tp.size) * groups.tp.size
-    mask = torch.arange(padded) < len(tokens)
-    mo.mark_token_axes(tokens, mask)
-    return Inputs(tokens, mask, mo.token_count(longest), [mo.token_count(count) for count in case.counts])
+def _make_inputs(case: Case, rank: int) -> Inputs:
+    """What a rank gives to the layer, whatever the form; a serving engine knows the longest count of all ranks just so."""
+    tokens = case.tokens[rank]
+    mo.mark_token_axes(tokens)
+    return Inputs(tokens, mo.token_count(max(case.counts)))
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:

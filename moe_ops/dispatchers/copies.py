@@ -5,19 +5,17 @@ before it sends one row back. N rows of this rank, K top-k, H hidden, W ranks, B
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from fake_impls.dispatchers import copies as shapes
-from moe_ops._library import define, needs_gradient
-from moe_ops.collectives import pack_rows, start_even_exchange, start_exchange, unpack_rows
+from moe_ops._library import Wait, define, needs_gradient
+from moe_ops.collectives import Splits, exchange_rows
 from moe_ops.dispatchers.local import sources, unpermute
-from moe_ops.overlap import Finish
-
-Splits: TypeAlias = int | tuple[Sequence[int], Sequence[int]]
-"""How many of the rows go to each rank and come from each; for an even exchange, the number of ranks."""
+from moe_ops.groups import check_group
+from moe_ops.packing import pack_rows, unpack_rows
 
 FILL = (0, -1, 0, 0)
 """What a row that is sent empty holds: hidden states, ids (routed nowhere), weights and scales."""
@@ -26,7 +24,6 @@ FILL = (0, -1, 0, 0)
 def _plan_copies(
     topk_ids: torch.Tensor, num_local_experts: int, size: int, capacity: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes.check_plan(topk_ids, num_local_experts, capacity)
     rank_NK = topk_ids.to(torch.int64).div(num_local_experts, rounding_mode="floor")  # -1 stays -1
     rank_NK = torch.where((topk_ids >= 0) & (rank_NK < size), rank_NK, size)
     goes_NW = torch.zeros(topk_ids.shape[0], size + 1, dtype=torch.int64, device=topk_ids.device)
@@ -45,7 +42,6 @@ def _plan_copies(
 def _pack_copies(
     tensors: Sequence[torch.Tensor], positions: torch.Tensor, rows: int, fill: Sequence[int]
 ) -> torch.Tensor:
-    shapes.check_copies(tensors, positions)
     # One row more than there are, which is the fill: places that no copy takes are copies of it.
     packed_NB = pack_rows(tensors, positions.shape[0] + 1, fill)
     copies_SB: torch.Tensor = packed_NB.index_select(0, sources(positions, rows))
@@ -56,71 +52,64 @@ plan_copies = define(
     "plan_copies(Tensor topk_ids, int num_local_experts, int size, SymInt? capacity) -> (Tensor, Tensor)",
     kernel=_plan_copies,
     fake=shapes.plan_copies,
+    check=shapes.check_plan_copies,
 )
 pack_copies = define(
     "pack_copies(Tensor[] tensors, Tensor positions, SymInt rows, int[] fill) -> Tensor",
     kernel=_pack_copies,
     fake=shapes.pack_copies,
+    check=shapes.check_pack_copies,
 )
 
 
-def start_send_copies(
+def send_copies(
     tensors: Sequence[torch.Tensor],
     positions: torch.Tensor,
-    fill: Sequence[int],
     rows: int,
     splits: Splits,
     group: str,
-) -> Finish[list[torch.Tensor]]:
+) -> Wait[list[torch.Tensor]]:
     """Send the `rows` copies that `plan_copies` placed, all tensors packed in one all-to-all over `group`.
 
-    ``[N, ...] each -> [rows received, ...] each``, in the order of the ranks that the rows came from. Where a gradient
-    is needed, it is waited for at once.
+    ``[N, ...] each -> [rows received, ...] each``, in the order of the ranks that the rows came from. `tensors` are hidden
+    states, ids, weights and perhaps scales. Where a gradient is needed it is waited for at once.
     """
     if needs_gradient(tensors):
-        received = list(_SendCopies.apply(positions, fill, rows, splits, group, *tensors))  # type: ignore[no-untyped-call]
+        received = list(_SendCopies.apply(positions, rows, splits, group, *tensors))  # type: ignore[no-untyped-call]
         return lambda: received
-    return _start_send_copies(tensors, positions, fill, rows, splits, group)
-
-
-def _start_send_copies(
-    tensors: Sequence[torch.Tensor],
-    positions: torch.Tensor,
-    fill: Sequence[int],
-    rows: int,
-    splits: Splits,
-    group: str,
-) -> Finish[list[torch.Tensor]]:
-    packed_SB = pack_copies(tensors, positions, rows, fill)
-    wait = _start_exchange(packed_SB, splits, group)
+    wait = exchange_rows(pack_copies(tensors, positions, rows, FILL[: len(tensors)]), splits, group)
     return lambda: unpack_rows(wait(), tensors)
 
 
-def _start_exchange(x: torch.Tensor, splits: Splits, group: str) -> Finish[torch.Tensor]:
-    if isinstance(splits, int):
-        return start_even_exchange(x, splits, group)
-    send_splits, receive_splits = splits
-    return start_exchange(x, receive_splits, send_splits, group)
+def return_copies(
+    shares: torch.Tensor, positions: torch.Tensor, splits: Splits, group: str, size: int
+) -> Wait[torch.Tensor]:
+    """Send what became of the copies back, ``[rows received, H]``, and sum that of each row: ``[N, H]``.
+
+    Sums are in float32 and in rank order, so every kind of dispatch has the same, to the bit.
+    """
+    check_group("combine", "ep", group, size)
+    wait = exchange_rows(shares, splits, group)
+    return lambda: unpermute(wait(), None, positions)
 
 
 class _SendCopies(torch.autograd.Function):
-    """`start_send_copies`, whose bytes autograd cannot follow: the gradients go back packed in one all-to-all, and those of the
+    """`send_copies`, whose bytes autograd cannot follow: the gradients go back packed in one all-to-all, and those of the
     copies of a row are summed in float32, in rank order."""
 
     @staticmethod
     def forward(
         ctx: Any,
         positions: torch.Tensor,
-        fill: Sequence[int],
         rows: int,
         splits: Splits,
         group: str,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        received = _start_send_copies(tensors, positions, fill, rows, splits, group)()
+        received = send_copies(tensors, positions, rows, splits, group)()  # without gradients, in here
         ctx.save_for_backward(positions)
         ctx.splits, ctx.group = splits if isinstance(splits, int) else splits[::-1], group
-        is_needed = ctx.needs_input_grad[5:]
+        is_needed = ctx.needs_input_grad[4:]
         ctx.mark_non_differentiable(*(x for x, needs in zip(received, is_needed, strict=True) if not needs))
         return tuple(received)
 
@@ -128,9 +117,9 @@ class _SendCopies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
-        is_needed = ctx.needs_input_grad[5:]
+        is_needed = ctx.needs_input_grad[4:]
         needed = [grad for grad, needs in zip(grads, is_needed, strict=True) if needs]
         packed_RB = pack_rows(needed, needed[0].shape[0], [0] * len(needed))
-        returned = iter(unpack_rows(_start_exchange(packed_RB, ctx.splits, ctx.group)(), needed))
+        returned = iter(unpack_rows(exchange_rows(packed_RB, ctx.splits, ctx.group)(), needed))
         summed = [unpermute(next(returned), None, positions) if needs else None for needs in is_needed]
-        return None, None, None, None, None, *summed
+        return None, None, None, None, *summed

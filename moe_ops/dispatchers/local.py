@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.dispatchers import local as shapes
-from moe_ops._library import add_kernel, cast, define, no_gradient
+from moe_ops._library import add_kernel, cast, define, no_gradient, refuse_forward_mode
 
 
 class LocalState(NamedTuple):
@@ -66,7 +66,6 @@ def _order(
     tensors: Sequence[torch.Tensor], topk_ids: torch.Tensor, first_expert: int, num_local_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The row of each place, rows of each local expert, and the place of each choice."""
-    shapes.check_permute(tensors, topk_ids, num_local_experts)
     num_rows, top_k = topk_ids.shape
     local_R = topk_ids.to(torch.int64).flatten() - first_expert
     is_local_R = (local_R >= 0) & (local_R < num_local_experts)  # -1 is below any first expert
@@ -80,7 +79,6 @@ def _order(
 
 
 def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-    shapes.check_unpermute(rows, weights, positions)
     total_NH = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
     if not rows.shape[0]:
         return total_NH.to(rows.dtype)
@@ -94,7 +92,6 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
 
 def _unpermute_on_host(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
     """The same sums in the same order. On a CPU positions can be read for nothing, and only rows that a choice went to are."""
-    shapes.check_unpermute(rows, weights, positions)
     total_NH = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
     if not rows.shape[0]:
         return total_NH.to(rows.dtype)
@@ -114,7 +111,6 @@ def _unpermute_on_host(rows: torch.Tensor, weights: torch.Tensor | None, positio
 
 
 def _weigh_rows(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    shapes.weigh_rows(rows, weights, positions)
     zeros_R = weights.new_zeros(rows.shape[0] + 1)  # one more, for choices that went nowhere
     places_R = torch.where(positions >= 0, positions, rows.shape[0]).flatten()
     weights_R = zeros_R.scatter(0, places_R, weights.flatten())
@@ -131,7 +127,6 @@ def sources(positions: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
-    shapes.spread_rows(x, positions, rows)
     num_rows = x.shape[0]
     if not num_rows:
         return x.new_zeros(rows, x.shape[1])
@@ -141,15 +136,14 @@ def _spread_rows(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.T
 
 
 def _dot_rows(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    shapes.dot_rows(a, b, positions)
     if not a.shape[0]:
         return a.new_zeros(positions.shape, dtype=torch.float32)
     dots_R = (a.to(torch.float32) * b.to(torch.float32)).sum(dim=1)
     return torch.where(positions >= 0, dots_R[positions.clamp(min=0)], 0.0).contiguous()
 
 
-def _end(positions: torch.Tensor) -> int:
-    """On a CPU: the number of rows of which the last is one that a choice went to; what is past it need not be computed."""
+def _used(positions: torch.Tensor) -> int:
+    """On a CPU: how many rows have to be computed: no choice went to those after them."""
     return int(positions.max()) + 1 if positions.numel() else 0
 
 
@@ -158,16 +152,15 @@ def _pad(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _weigh_rows_on_host(rows: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return _pad(_weigh_rows(rows[: _end(positions)], weights, positions), rows.shape[0])
+    return _pad(_weigh_rows(rows[: _used(positions)], weights, positions), rows.shape[0])
 
 
 def _spread_rows_on_host(x: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
-    return _pad(_spread_rows(x, positions, _end(positions)), rows)
+    return _pad(_spread_rows(x, positions, _used(positions)), rows)
 
 
 def _dot_rows_on_host(a: torch.Tensor, b: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    shapes.dot_rows(a, b, positions)
-    end = _end(positions)
+    end = _used(positions)
     return _dot_rows(a[:end], b[:end], positions)
 
 
@@ -212,6 +205,7 @@ permute_by_expert = define(
     "permute_by_expert(Tensor[] tensors, Tensor topk_ids, SymInt first_expert, int num_local_experts) -> Tensor[]",
     kernel=_permute,
     fake=shapes.permute_by_expert,
+    check=shapes.check_permute_by_expert,
     backward=_permute_backward,
     setup_context=_keep_permutation,
 )
@@ -219,6 +213,7 @@ unpermute = define(
     "unpermute(Tensor rows, Tensor? weights, Tensor positions) -> Tensor",
     kernel=_unpermute,
     fake=shapes.unpermute,
+    check=shapes.check_unpermute,
     backward=_unpermute_backward,
     setup_context=_keep_weighed,
 )
@@ -226,6 +221,7 @@ weigh_rows = define(
     "weigh_rows(Tensor rows, Tensor weights, Tensor positions) -> Tensor",
     kernel=_weigh_rows,
     fake=shapes.weigh_rows,
+    check=shapes.check_unpermute,
     backward=_weigh_backward,
     setup_context=_keep_weighed,
 )
@@ -233,12 +229,14 @@ spread_rows = define(
     "spread_rows(Tensor x, Tensor positions, SymInt rows) -> Tensor",
     kernel=_spread_rows,
     fake=shapes.spread_rows,
+    check=shapes.check_spread_rows,
     backward=no_gradient,
 )
 dot_rows = define(
     "dot_rows(Tensor a, Tensor b, Tensor positions) -> Tensor",
     kernel=_dot_rows,
     fake=shapes.dot_rows,
+    check=shapes.check_dot_rows,
     backward=no_gradient,
 )
 
@@ -274,6 +272,7 @@ def dispatch_local(
         num_local_experts: experts of this rank.
         scale: the scales of quantised hidden states.
     """
+    refuse_forward_mode("dispatch", (hidden_states, topk_weights))
     tensors = [hidden_states] if scale is None else [hidden_states, scale]
     rows, *scales, counts, positions = permute_by_expert(tensors, topk_ids, first_expert, num_local_experts)
     return LocalDispatch(rows, scales[0] if scales else None, counts, LocalState(topk_weights, positions))
@@ -281,20 +280,22 @@ def dispatch_local(
 
 def weigh_input(rows: torch.Tensor, state: LocalState) -> torch.Tensor:
     """The rows of a dispatch, each times the router's weight: then `combine_local` must not weigh again."""
+    refuse_forward_mode("weigh_input", (rows, state))
     weighed: torch.Tensor = weigh_rows(rows, state.topk_weights, state.positions)
     return weighed
 
 
-def combine_local(expert_rows: torch.Tensor, state: LocalState, *, is_weighed: bool = False) -> torch.Tensor:
+def combine_local(expert_rows: torch.Tensor, state: LocalState, *, weights_on_input: bool = False) -> torch.Tensor:
     """Sum each row's results, weighted, in float32 and in the order of its choices. No collective.
 
     Args:
         expert_rows: ``[R, H]``, what the experts made of the rows of the dispatch.
         state: that of the dispatch.
-        is_weighed: whether the weights went into the experts' input already.
+        weights_on_input: whether the weights went into the experts' input already.
 
     Returns:
         ``[N, H]`` of the dtype of `expert_rows`: the share of this rank's experts, zero for rows that have none here.
     """
-    output: torch.Tensor = unpermute(expert_rows, None if is_weighed else state.topk_weights, state.positions)
+    refuse_forward_mode("combine", (expert_rows, state))
+    output: torch.Tensor = unpermute(expert_rows, None if weights_on_input else state.topk_weights, state.positions)
     return output

@@ -8,7 +8,7 @@ import torch
 from torch._decomp import get_decompositions
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from moe_ops._library import BODIES, PORTABLE
+from moe_ops._library import KERNELS, PORTABLE
 from moe_ops.backends.npu_kernels import KEY
 from moe_ops.dispatchers.all_to_all import NotCapturableError
 
@@ -18,19 +18,23 @@ def get_npu_backend(
 ) -> Any:
     """``torchair.get_npu_backend``, for ``torch.compile(..., backend=..., fullgraph=True, dynamic=True)``.
 
-    Ops of this library that compute are replaced by what their kernels do, traced; those that communicate expand by themselves;
-    so the GE graph holds torch_npu's fused ops, aten ops and collectives, and no op of this library needs a converter.
+    In the place of an op of this library that computes, its kernel is traced; an op that communicates consists of collectives.
+    So the GE graph holds torch_npu's fused ops, aten ops and collectives, and no op of this library needs a converter.
 
     Args:
         compiler_config: a ``torchair.CompilerConfig``; None: the default.
-        custom_decompositions: more of them, of other ops, or instead of these.
+        custom_decompositions: decompositions of further ops. Where there is one of this library, too, yours is taken.
 
     Raises:
         ImportError: torch_npu, which brings torchair, is not installed.
 
-    Dynamo wraps what is raised while it compiles (``BackendCompilerFailed``, whose ``inner_exception`` it is):
-    NotCapturableError, if the function dispatches by ALL_TO_ALL, which reads on the host; ValueError, if a size is unbacked, of
-    an input (`mark_token_axes`) or read from a tensor, which GE's graphs cannot hold.
+    While it compiles, Dynamo wraps errors in ``BackendCompilerFailed``. Its ``inner_exception`` is a NotCapturableError if the
+    function dispatches by ALL_TO_ALL, which reads on the host; and a ValueError if a size is unbacked, because an input was
+    marked (`mark_token_axes`) or the size read from a tensor: GE's graphs cannot hold such sizes.
+
+    Example::
+
+        layer = torch.compile(layer, backend=get_npu_backend(), fullgraph=True, dynamic=True)
     """
     import torch_npu  # noqa: F401  # which makes torchair importable
     import torchair
@@ -48,9 +52,9 @@ def get_npu_backend(
 
 
 def _check(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """What torchair cannot convert, said in terms of this library."""
+    """Raise for what torchair cannot convert, in terms of this library."""
     nodes = [node for part in graph.modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
-    reading = {torch.ops.moe_ops.dispatch_all_to_all, torch.ops.moe_ops.start_dispatch_all_to_all}
+    reading = {torch.ops.moe_ops.dispatch_all_to_all, torch.ops.moe_ops.exchange_counts}
     if any(getattr(node.target, "overloadpacket", None) in reading for node in nodes):
         raise NotCapturableError(
             "torchair: dispatch must be FIXED_CAPACITY, got ALL_TO_ALL, which reads its split sizes on the host"
@@ -66,7 +70,7 @@ def _check(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 @cache
 def _register_converters(torchair: Any) -> None:
-    """torchair has one for each arithmetic of sizes that we need, but for their maximum."""
+    """torchair converts all arithmetic of sizes that we need, except the maximum."""
     from torchair._ge_concrete_graph.ge_apis import Maximum
 
     def convert_sym_max(a: Any, b: Any, meta_outputs: Any = None) -> Any:
@@ -82,12 +86,12 @@ def _register_converters(torchair: Any) -> None:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What replaces each op of this library, and what of the bodies torchair has no converter for."""
+    """For each op of this library its kernel; for each aten op in kernels that torchair does not convert, other aten ops."""
     aten = torch.ops.aten
     return {
         **{
-            getattr(torch.ops.moe_ops, name).default: partial(_body, name)
-            for name, kernels in BODIES.items()
+            getattr(torch.ops.moe_ops, name).default: partial(_run_kernel, name)
+            for name, kernels in KERNELS.items()
             if PORTABLE in kernels
         },
         **get_decompositions([aten.softplus]),
@@ -100,8 +104,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _body(name: str, *args: Any, **kwargs: Any) -> Any:
-    kernels = BODIES[name]
+def _run_kernel(name: str, *args: Any, **kwargs: Any) -> Any:
+    kernels = KERNELS[name]
     tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     key = KEY if tensors[0].device.type == "npu" and KEY in kernels else PORTABLE
     return kernels[key](*args, **kwargs)
@@ -126,12 +130,12 @@ def _shift_left(x: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def _drop_assertion(condition: Any, message: str) -> None:
-    """torchair has no converter for it, and takes no size that a guard does not hold, too."""
+    """torchair does not convert it. The sizes in its graphs are backed, so guards check the same condition before each call."""
 
 
 def _sort(
     x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By GE's TopKV2, which takes the lower index first among equals."""
+    """By GE's TopKV2, which puts the lower index first where values are equal."""
     values, indices = torch.topk(x.to(torch.int32) if x.dtype is torch.bool else x, x.shape[dim], dim, descending)
     return values.to(x.dtype), indices

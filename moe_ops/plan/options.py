@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from moe_ops.backends.ascend_rules import DeviceFamily
 from moe_ops.cost_types import Calibration, LayerShape, Topology
+from moe_ops.costs import check_shapes
 from moe_ops.plan.models import PRESETS, Model, read_config
 from moe_ops.plan.plans import Request
 from moe_ops.plan.ranks import calibrate_here
-from moe_ops.selection import DeviceFamily
 from moe_ops.types import Quant
 
 LATENCY_US, BANDWIDTH_GBPS = 20.0, 400.0
@@ -100,14 +101,15 @@ def read_request(options: argparse.Namespace) -> Request:
         dtype=getattr(torch, options.dtype),
         quant=Quant(options.quant),
     )
-    if options.mc2_capacity is not None and options.device is None:
-        raise ValueError(f"--mc2-capacity must go with --device, got {options.mc2_capacity} without it")
+    topology, tokens = Topology(tp=options.tp, dp=options.dp, pcp=options.pcp), tuple(sorted(set(options.tokens)))
+    check_shapes("plan", layer, topology, tokens[0])
+    _check_capacity(options)
     calibration, source = _calibration(options)
     return Request(
         model=model,
         layer=layer,
-        topology=Topology(tp=options.tp, dp=options.dp, pcp=options.pcp),
-        tokens=tuple(sorted(set(options.tokens))),
+        topology=topology,
+        tokens=tokens,
         calibration=calibration,
         calibration_source=source,
         routing=options.routing,
@@ -135,6 +137,14 @@ def _model(options: argparse.Namespace) -> Model:
     if sizes["intermediate_size"] < 1:
         raise ValueError(f"--intermediate-size must be at least 1, got {sizes['intermediate_size']}")
     return Model("layer", **sizes)
+
+
+def _check_capacity(options: argparse.Namespace) -> None:
+    capacity = options.mc2_capacity
+    if capacity is not None and options.device is None:
+        raise ValueError(f"--mc2-capacity must go with --device, got {capacity} without it")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"--mc2-capacity must be 0 or more, got {capacity}")
 
 
 def _calibration(options: argparse.Namespace) -> tuple[Calibration, str]:

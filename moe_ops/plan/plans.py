@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.layout import padded_rows
+from moe_ops.backends.ascend_rules import DeviceFamily, RuleChoice, mc2_capacity, select_by_device
 from moe_ops.cost_types import Calibration, LayerShape, Topology
-from moe_ops.costs import check_shapes
 from moe_ops.load import ExpertLoad, count_copies, draw_topk_ids, measure_load
 from moe_ops.plan.models import Model
-from moe_ops.selection import DeviceFamily, RuleChoice, Selection, mc2_capacity, select_by_device, select_strategy
+from moe_ops.selection import Selection, select_strategy
 
 
 class Request(NamedTuple):
@@ -28,7 +28,7 @@ class Request(NamedTuple):
         calibration: how long collectives take.
         calibration_source: where that is from, for people.
         routing: ``uniform``, ``zipf:EXPONENT``, or the name of a file with ids.
-        tokens_are_sharded: as `moe_stage` has it.
+        tokens_are_sharded: as `Layout` has it.
         must_be_capturable: whether a device graph is to hold it.
         device: whose published rule is shown, too, or None.
         capacity: tokens of a TP group that MC2 holds there; None: the longest of `tokens`, as far as the kernel takes it.
@@ -57,14 +57,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(request: Request, num_tokens: int) -> Plan:
-    """Plan for one token count, which every TP group has.
+    """Plan for one of the request's token counts, which every TP group has.
 
     Raises:
-        ValueError: an argument or the routing is out of range.
+        ValueError: the routing is out of range.
         OSError: the routing's file cannot be read.
     """
     layer, topology = request.layer, request.topology
-    check_shapes("plan", layer, topology, num_tokens)
     topk_ids = make_routing(request.routing, num_tokens * topology.dp * topology.pcp, layer)
     shards_WNK = shard_routing(topk_ids, topology, num_tokens)
     selection = select_strategy(

@@ -9,11 +9,19 @@ from moe_ops.plan.plans import Plan, Request
 from moe_ops.plan.report import group_costs, group_name
 
 
+def check_path(path: Path) -> None:
+    """Raise ValueError unless a picture can be written to `path`: its ending says the format."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--plot must end in one of {', '.join('.' + name for name in formats)}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot must be in a directory that exists, got {path}")
+
+
 def draw(path: Path, request: Request, plans: list[Plan]) -> None:
-    """Write it to `path`; the ending says the format.
+    """Write it to `path`.
 
     Raises:
-        ValueError: matplotlib has no such format.
         OSError: the file cannot be written.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")

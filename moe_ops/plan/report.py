@@ -21,7 +21,7 @@ def make_console() -> Console:
 
 
 def form_name(cost: FormCost, *, tokens_are_sharded: bool) -> str:
-    """What the report calls a form: the arguments of `moe_stage` that make it, and which form of ALLGATHER."""
+    """What the report calls a form: the fields of `Layout` that make it, and which form of ALLGATHER."""
     if cost.strategy is Strategy.ALLGATHER:
         return f"ALLGATHER, {'EP' if tokens_are_sharded else 'DP'} form"
     return f"{cost.strategy.name} {cost.dispatch.name}"
@@ -56,7 +56,7 @@ def describe(request: Request) -> list[str]:
     model, topology = request.model, request.topology
     dtype = str(request.layer.dtype).removeprefix("torch.")
     local = model.num_experts // topology.ep
-    weights = 3 * local * model.hidden_size * model.intermediate_size
+    weights = model.matrices * local * model.hidden_size * model.intermediate_size
     quant = "" if request.layer.quant is Quant.NONE else f", quantised to {request.layer.quant.value}"
     lines = [
         f"{model.name}: hidden {model.hidden_size}, intermediate {model.intermediate_size}, "
@@ -114,7 +114,8 @@ def conclude(request: Request, plan: Plan) -> list[str]:
             f"vllm-ascend's rule for {request.device.value}: {rule.strategy.name} {rule.dispatch.name}: {rule.reason}"
         )
     busiest = max(load.ranks)
-    flops = 3 * 2 * busiest * model.hidden_size * model.intermediate_size  # three products, a multiply-add is two
+    # A multiply-add is two.
+    flops = 2 * model.matrices * busiest * model.hidden_size * model.intermediate_size
     lines.append(
         f"Load: busiest expert {load.expert_imbalance:.2f} times the mean ({max(load.experts):,} rows), busiest rank "
         f"{load.rank_imbalance:.2f} times ({busiest:,} rows, {flops / 1e9:,.1f} GFLOP)"

@@ -9,12 +9,14 @@ import torch
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_ops._library import BODIES
-from moe_ops.backends import npu, npu_kernels, npu_mc2
+from moe_ops._library import KERNELS, PORTABLE
+from moe_ops.backends import npu, npu_experts, npu_kernels, npu_mc2
 
 from . import documented_exchange, documented_experts  # noqa: F401  # their kernels
 from .documented import Chip, calls
 from .documented_exchange import communicators
+
+A3, A5 = 250, 260
 
 
 class LowerLeaves(TorchDispatchMode):
@@ -22,9 +24,9 @@ class LowerLeaves(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
-        if namespace == "moe_ops" and npu_kernels.KEY in BODIES.get(name, {}):
+        if namespace == "moe_ops" and npu_kernels.KEY in KERNELS.get(name, {}):
             calls[f"moe_ops.{name}"] += 1
-            return BODIES[name][npu_kernels.KEY](*args, **(kwargs or {}))
+            return KERNELS[name][npu_kernels.KEY](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -39,7 +41,7 @@ def communicator_of(group: str, rank: int) -> str:
 def on_chip(soc_version: int) -> Iterator[None]:
     """All tensors are an NPU's of this chip; `calls` starts anew."""
     with ExitStack() as stack:
-        for module in (npu, npu_mc2):
+        for module in (npu, npu_experts, npu_mc2):
             stack.enter_context(patch.object(module, "is_on_npu", lambda x: True))
             stack.enter_context(patch.object(module, "soc_version", lambda: soc_version))
         stack.enter_context(patch.object(npu_mc2, "hccl_communicator", communicator_of))
@@ -48,3 +50,15 @@ def on_chip(soc_version: int) -> Iterator[None]:
         stack.enter_context(LowerLeaves())
         calls.clear()
         yield
+
+
+def lowered(name: str, *args: Any, chip: int = A3, op: str | None) -> Any:
+    """What an op's kernel for NPUs returns, which has to call the vendor's, or none."""
+    with on_chip(chip):
+        result = KERNELS[name][npu_kernels.KEY](*args)
+        assert set(calls) == {op} - {None}
+    return result
+
+
+def portable(name: str, *args: Any) -> Any:
+    return KERNELS[name][PORTABLE](*args)

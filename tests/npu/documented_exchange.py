@@ -51,7 +51,7 @@ def check_axis(
         op, mask.dtype is torch.bool and mask.shape in ((num_rows,), (num_rows, top_k)), "a bool mask [N] or [N, K]"
     )
     if mask.dim() == 1:
-        require(op, not (mask[1:] & ~mask[:-1]).any(), "a mask [N] of True that ends once")
+        require(op, not (mask[1:] & ~mask[:-1]).any(), "a mask [N] with all True before all False")
         mask = mask.unsqueeze(1).expand(num_rows, top_k)
     return group, mask.contiguous()
 

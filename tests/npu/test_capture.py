@@ -40,6 +40,7 @@ FUSED = [DISPATCH, COMBINE, GATHER]  # and the chunks of the TP ranks are gather
 COMMUNICATION = {
     "mc2": FUSED,
     "mc2-w8a8": FUSED,
+    "mc2-given": FUSED,
     "mc2-shared": [*FUSED, REDUCE],
     "mc2-sharded-tokens": [DISPATCH, COMBINE],
     "mc2-portable": [EXCHANGE, EXCHANGE, GATHER],
@@ -79,10 +80,11 @@ def communication(launches: list[str]) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ALL_FORMS)
 def test_captured_is_what_eager_mode_launches(groups, stand_in, form, layout):
-    stage, refusals = make_stage(ALL_FORMS[form], groups(layout), "npu"), stand_in.refusals
+    own, refusals = groups(layout), stand_in.refusals
+    stage = make_stage(ALL_FORMS[form], own, "npu")
     expected = COMMUNICATION[form] if layout == "pcp1" else WITH_PCP.get(form, COMMUNICATION[form])
     for num_tokens in BUCKETS:
-        buffers = make_buffers(num_tokens, ALL_FORMS[form].dtype, "npu")
+        buffers = make_buffers(num_tokens, ALL_FORMS[form], own, "npu")
         eager = stand_in.launches_during(lambda buffers=buffers: stage(*buffers))
         assert communication(eager) == expected
         warmed = stand_in.launches_during(lambda buffers=buffers: warm_up(lambda: stage(*buffers), "npu"))
@@ -95,7 +97,7 @@ def test_captured_is_what_eager_mode_launches(groups, stand_in, form, layout):
 def test_buckets_are_replayed(groups, stand_in, form):
     dtype = ALL_FORMS[form].dtype
     captures, replays = stand_in.captures, stand_in.replays
-    graphs = capture_buckets(make_stage(ALL_FORMS[form], groups(), "npu"), dtype, "npu")
+    graphs = capture_buckets(ALL_FORMS[form], groups(), "npu")
     assert (stand_in.captures - captures, stand_in.replays - replays) == (len(BUCKETS), 0)
     addresses = {bucket: captured.output.data_ptr() for bucket, (_, captured) in graphs.items()}
     assert len(set(addresses.values())) == len(BUCKETS)
@@ -105,7 +107,7 @@ def test_buckets_are_replayed(groups, stand_in, form):
         buffers, captured = graphs[bucket]
         buffers.write(*draw(count, seed, dtype))
         assert stand_in.launches_during(captured.graph.replay) == []
-        assert int(buffers.mc2_mask.cpu().sum()) == count
+        assert int(buffers.mask.cpu().sum()) == count
         assert captured.output.shape == (bucket, buffers.hidden_states.shape[1])
         assert captured.output.dtype is dtype
         assert captured.output.data_ptr() == addresses[bucket]
@@ -114,8 +116,9 @@ def test_buckets_are_replayed(groups, stand_in, form):
 
 @pytest.mark.parametrize("form", ["mc2", "mc2-portable", "allgather", "allgather-ep-ragged"])
 def test_interleaved_micro_batches(groups, stand_in, form):
-    steps = make_stage(ALL_FORMS[form], groups(), "npu", run=mo.moe_stage_steps)
-    halves = [make_buffers(num_tokens, ALL_FORMS[form].dtype, "npu") for num_tokens in (16, 8)]
+    own = groups()
+    steps = make_stage(ALL_FORMS[form], own, "npu", run=mo.moe_stage_steps)
+    halves = [make_buffers(num_tokens, ALL_FORMS[form], own, "npu") for num_tokens in (16, 8)]
 
     def run() -> list[torch.Tensor]:
         return mo.interleave(*(steps(*half) for half in halves))
@@ -134,10 +137,8 @@ def test_interleaved_micro_batches(groups, stand_in, form):
 
 @pytest.mark.parametrize("strategy", [mo.Strategy.ALL2ALL, mo.Strategy.MC2])
 def test_a_ragged_exchange_is_an_error(groups, stand_in, strategy):
-    stage, buffers = (
-        make_stage(Form(strategy, mo.Dispatch.ALL_TO_ALL), groups(), "npu"),
-        make_buffers(8, torch.bfloat16, "npu"),
-    )
+    form, own = Form(strategy, mo.Dispatch.ALL_TO_ALL), groups()
+    stage, buffers = make_stage(form, own, "npu"), make_buffers(8, form, own, "npu")
     refusals = stand_in.refusals
     with pytest.raises(NotCapturableError, match="FIXED_CAPACITY can"):
         capture(lambda: stage(*buffers), "npu")
@@ -147,10 +148,11 @@ def test_a_ragged_exchange_is_an_error(groups, stand_in, strategy):
 
 def test_a_host_read_is_refused(groups, stand_in):
     """What the tests above would see, were one in the stage."""
-    stage, buffers = make_stage(FORMS["mc2"], groups(), "npu"), make_buffers(8, torch.bfloat16, "npu")
+    own = groups()
+    stage, buffers = make_stage(FORMS["mc2"], own, "npu"), make_buffers(8, FORMS["mc2"], own, "npu")
 
     def run() -> torch.Tensor:
-        return stage(*buffers) * buffers.mc2_mask.sum().item()
+        return stage(*buffers) * buffers.mask.sum().item()
 
     warm_up(run, "npu")
     refusals = stand_in.refusals

@@ -1,9 +1,7 @@
-"""The lowerings for NPUs over kernels that do what the vendor's pages say, beside the portable kernels.
+"""The lowerings of what quantises and routes over kernels that do what the vendor's pages say, beside the portable ones.
 
-What passes here is right on a device whose kernels do what their pages say.
+What passes here, and in the files for experts, exchange and stage, is right on a device whose kernels do what their pages say.
 """
-
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -11,31 +9,13 @@ import torch
 from hypothesis import assume, given, settings
 
 import moe_ops as mo
+from fake_impls.route import RouteSettings
 from moe_ops import Quant
-from moe_ops._library import BODIES, PORTABLE
-from moe_ops.backends import npu_kernels, npu_mc2
-from moe_ops.experts import run_experts
-from moe_ops.types import WeightLayout
 
-from .documented import calls
-from .documented_chip import on_chip
+from .documented import FLOATS, HALVES
+from .documented_chip import A5, lowered, portable
 
-A3, A5 = 250, 260
-FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**32)
-
-
-def lowered(name: str, *args: Any, chip: int = A3, op: str | None) -> Any:
-    """What an op's kernel for NPUs returns, which has to call the vendor's, or none."""
-    with on_chip(chip):
-        result = BODIES[name][npu_kernels.KEY](*args)
-        assert set(calls) == {op} - {None}
-    return result
-
-
-def portable(name: str, *args: Any) -> Any:
-    return BODIES[name][PORTABLE](*args)
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +39,7 @@ class TestQuantize:
     @given(
         num_rows=st.integers(0, 5),
         hidden=st.integers(1, 70),
-        dtype=HALVES,
+        dtype=st.sampled_from(HALVES),
         spread=st.sampled_from([0, 6, 20]),
         seed=SEEDS,
     )
@@ -75,7 +55,7 @@ class TestQuantize:
     @given(
         num_rows=st.integers(0, 5),
         hidden=st.integers(1, 140),
-        dtype=FLOATS,
+        dtype=st.sampled_from(FLOATS),
         spread=st.sampled_from([0, 6, 20]),
         seed=SEEDS,
     )
@@ -106,7 +86,7 @@ class TestQuantize:
     factor=st.sampled_from([1.0, 2.5]),
     has_padding=st.booleans(),
     has_nan=st.booleans(),
-    dtype=FLOATS,
+    dtype=st.sampled_from(FLOATS),
     seed=SEEDS,
 )
 @settings(max_examples=200)
@@ -138,7 +118,7 @@ def test_route(
     if is_active is not None:
         logits[~is_active] = torch.nan
         is_nan &= is_active
-    arguments = logits.to(dtype), top_k, scoring, renormalize, *groups, bias, factor, is_active, None, None
+    arguments = logits.to(dtype), is_active, *RouteSettings(top_k, scoring, renormalize, *groups, bias, factor)
     weights, ids = lowered("route", *arguments, op="npu_moe_gating_top_k")
     expected_weights, expected_ids = portable("route", *arguments)
     assert ids.dtype is torch.int32 and weights.dtype is torch.float32
@@ -222,7 +202,7 @@ def test_permute_by_expert(
     top_k=st.integers(1, 4),
     hidden=st.sampled_from([1, 8, 33]),
     special=st.sampled_from([0.0, torch.inf, torch.nan]),
-    dtype=FLOATS,
+    dtype=st.sampled_from(FLOATS),
     seed=SEEDS,
 )
 @settings(max_examples=150)
@@ -244,115 +224,3 @@ def test_unpermute(num_rows: int, top_k: int, hidden: int, special: float, dtype
     assert found.dtype is dtype
     assert found.isfinite().all(dim=1).sum() >= num_rows - (special != 0)
     torch.testing.assert_close(found, expected, equal_nan=True)
-
-
-@given(
-    num_rows=st.integers(0, 9),
-    num_experts=st.integers(1, 40),
-    top_k=st.integers(1, 16),
-    kept=st.floats(0, 1),
-    seed=SEEDS,
-)
-@settings(max_examples=150)
-def test_mc2_gets_different_experts_in_each_row(
-    num_rows: int, num_experts: int, top_k: int, kept: float, seed: int
-) -> None:
-    """Where there is a choice, that; elsewhere any other."""
-    top_k = min(top_k, num_experts)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(num_rows, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
-    is_choice = torch.rand(ids.shape, generator=generator) < kept
-    free = npu_mc2._free_experts(torch.where(is_choice, ids, -1), is_choice, num_experts)
-    assert free.dtype is torch.int32
-    filled = torch.where(is_choice, ids, free)
-    assert all(set(row) <= set(range(num_experts)) and len(set(row)) == top_k for row in filled.tolist())
-
-
-@given(
-    counts=st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=1, max_size=4),
-    spare=st.sampled_from([0, 1, 3]),
-    sizes=st.sampled_from([(8, 8), (5, 12), (16, 3)]),
-    has_bias=st.booleans(),
-    dtype=FLOATS,
-    seed=SEEDS,
-)
-@settings(max_examples=150)
-def test_grouped_linear(
-    counts: list[int], spare: int, sizes: tuple[int, int], has_bias: bool, dtype: torch.dtype, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    (num_inputs, num_outputs), used = sizes, sum(counts)
-    rows = torch.full((used + spare, num_inputs), torch.nan)
-    rows[:used] = torch.randn(used, num_inputs, generator=generator)
-    weight = torch.randn(len(counts), num_outputs, num_inputs, generator=generator).to(dtype)
-    bias = torch.randn(len(counts), num_outputs, generator=generator).to(dtype) if has_bias else None
-    arguments = rows.to(dtype), torch.tensor(counts), weight, bias
-    found = lowered("grouped_linear", *arguments, op="npu_grouped_matmul")
-    expected = portable("grouped_linear", *arguments)
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    tolerance = {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(found[:used], expected[:used], **tolerance)
-
-
-EXPERTS = {
-    "w8a8": (A3, Quant.W8A8, False, ["npu_grouped_matmul", "npu_dynamic_quant", "npu_swiglu"]),
-    "w8a8-packed": (A3, Quant.W8A8, True, ["npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"]),
-    "w8a8-a5": (A5, Quant.W8A8, False, ["npu_grouped_matmul", "npu_dynamic_quant", "npu_swiglu"]),
-    "mxfp8": (A5, Quant.MXFP8, False, ["npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2"]),
-    "none": (A3, Quant.NONE, False, ["npu_grouped_matmul", "npu_swiglu"]),
-    "none-packed": (A3, Quant.NONE, True, ["npu_grouped_matmul", "npu_swiglu"]),
-}
-
-
-@pytest.mark.parametrize(("chip", "quant", "is_packed", "ops"), EXPERTS.values(), ids=EXPERTS)
-@given(
-    counts=st.lists(st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=4),
-    spare=st.sampled_from([0, 3]),
-    sizes=st.sampled_from([(64, 64), (192, 128)]),
-    comes_quantized=st.booleans(),
-    dtype=HALVES,
-    seed=SEEDS,
-)
-@settings(max_examples=25)
-def test_experts(
-    chip: int,
-    quant: Quant,
-    is_packed: bool,
-    ops: list[str],
-    counts: list[int],
-    spare: int,
-    sizes: tuple[int, int],
-    comes_quantized: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    """Beside the portable products of the values that the weights stand for. What the rows past the groups hold matters not."""
-    generator = torch.Generator().manual_seed(seed)
-    (hidden, inner), used = sizes, sum(counts)
-    rows = torch.randn(used + spare, hidden, generator=generator).to(dtype)
-    w13 = (torch.randn(len(counts), 2 * inner, hidden, generator=generator) * hidden**-0.5).to(dtype)
-    w2 = (torch.randn(len(counts), hidden, inner, generator=generator) * inner**-0.5).to(dtype)
-    experts, exact, scale, payload = mo.ExpertWeights(w13, w2), mo.ExpertWeights(w13, w2), None, rows.clone()
-    payload[used:] = torch.nan
-    if quant is not Quant.NONE:
-        w13, w13_scale = mo.quantize_weights(w13, quant=quant)
-        w2, w2_scale = mo.quantize_weights(w2, quant=quant)
-        experts = mo.ExpertWeights(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale)
-        exact = mo.ExpertWeights(
-            mo.dequantize_weights(w13, w13_scale, num_inputs=hidden),
-            mo.dequantize_weights(w2, w2_scale, num_inputs=inner),
-        )
-        if comes_quantized:
-            payload, scale = mo.quantize_activations(rows, quant=quant)
-            payload.view(torch.uint8)[used:], scale[used:].view(torch.uint8)[:] = 255, 255
-    arguments = payload, torch.tensor(counts)
-    expected = run_experts(rows, torch.tensor(counts), exact, quant=quant, dtype=dtype)[:used]
-    with on_chip(chip):
-        if is_packed:
-            experts = mo.prepack_experts(experts)
-            assert experts.layout is WeightLayout.NPU
-        found = run_experts(*arguments, experts, scale=scale, quant=quant, dtype=dtype)[:used]
-        assert all(calls[op] for op in ops), f"{ops} were to be called, got {calls}"
-    assert found.dtype is dtype
-    largest = float(expected.abs().max()) if used else 1.0
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-2 * largest)

@@ -10,12 +10,11 @@ from hypothesis import Phase, given, settings
 import moe_ops as mo
 from moe_ops import Quant
 
-from ..problems import VOCABULARY, E, Problem, expected_of, make_inputs, make_stage, own_experts
+from ..problems import E, Problem, expected_of, make_inputs, make_stage, own_experts
 from ..ranks import RankPool
 from .documented import calls
-from .documented_chip import on_chip
+from .documented_chip import A3, A5, on_chip
 
-A3, A5 = 250, 260
 SIZES = {
     A3: (1024, 16),
     A5: (128, 64),
@@ -31,32 +30,32 @@ class Untied(Problem):
     """No two scores of a token are equal: which of them comes first, pages do not say. The format holds the tokens exactly:
     where all gates are far below 0, silu would magnify what is lost before it without a bound."""
 
-    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, logits, input_ids = super().tokens(owner)
+    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, logits = super().tokens(owner)
         if self.quant is Quant.W8A8:  # steps of 1/32, from the largest of a row
             hidden = (hidden * 32).round().clamp(-127, 127) / 32
             hidden[:, 0] = 127 / 32
         elif self.quant is Quant.MXFP8:  # of 4 significant bits
             hidden = (hidden * 4).round().clamp(-15, 15) / 4
-        return hidden, logits + torch.arange(E) / 64, input_ids
+        return hidden, logits + torch.arange(E) / 64
 
 
 class WithInfinity(Untied):
     """The first token of all is not finite."""
 
-    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, logits, input_ids = super().tokens(owner)
+    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, logits = super().tokens(owner)
         hidden[:1, 3] = torch.inf if owner == 0 else hidden[:1, 3]
-        return hidden, logits, input_ids
+        return hidden, logits
 
 
 class WithNanLogits(Untied):
     """One of the logits of the first token of all is NaN."""
 
-    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, logits, input_ids = super().tokens(owner)
+    def tokens(self, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, logits = super().tokens(owner)
         logits[:1, 3] = torch.nan if owner == 0 else logits[:1, 3]
-        return hidden, logits, input_ids
+        return hidden, logits
 
 
 def run_lowered(rank: int, problem: Problem, chip: int, is_packed: bool) -> tuple[torch.Tensor, Counter[str]]:
@@ -201,23 +200,33 @@ def test_what_is_not_finite_stays_in_its_row(ranks4: RankPool, form: str, kind: 
     check(ranks4, problem, A3, False, ops, TOLERANCES[Quant.NONE])
 
 
-@pytest.mark.parametrize("form", ["mc2", "all2all-fixed"])
+@pytest.mark.parametrize("form", ["mc2", "allgather-dp", "all2all"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_float16(ranks4: RankPool, form: str, is_packed: bool) -> None:
+    """Without MC2 summands travel as float32."""
+    hidden_size, intermediate = SIZES[A3]
+    problem = Untied(form, hidden_size=hidden_size, intermediate=intermediate, dtype=torch.float16, masked=1)
+    ops = [*PLAIN, *(MC2 if form == "mc2" else LOCAL)]
+    check(ranks4, problem, A3, is_packed, ops, TOLERANCES[Quant.NONE])
+
+
+@pytest.mark.parametrize("form", ["mc2", "mc2-sharded", "all2all-fixed"])
 @pytest.mark.parametrize("chip", [A3, A5])
-@given(top_k=st.sampled_from([1, 2, 4, 6]), seed=st.integers(0, 500))
+@given(
+    chosen=st.sampled_from(["ids", "ids-and-weights"]), top_k=st.sampled_from([1, 2, 4, 6]), seed=st.integers(0, 500)
+)
 @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
-def test_tables_with_empty_entries(ranks4: RankPool, form: str, chip: int, top_k: int, seed: int) -> None:
-    """Rows with all choices, with some and with none."""
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(VOCABULARY)])
-    table[torch.rand(table.shape, generator=generator) < 0.3] = -1
+def test_choices_of_the_caller(ranks4: RankPool, form: str, chip: int, chosen: str, top_k: int, seed: int) -> None:
+    """Rows with all choices, with some and with none, in which experts may stand more than once."""
     hidden_size, intermediate = SIZES[chip]
     problem = Untied(
         form,
         hidden_size=hidden_size,
         intermediate=intermediate,
-        routing=mo.Routing(top_k, E, token_to_experts=table),
+        routing=mo.Routing(top_k, E),
         dtype=torch.bfloat16,
         masked=1,
+        chosen=chosen,
         seed=seed,
     )
     check(ranks4, problem, chip, False, [*MC2, "npu_grouped_matmul", "npu_swiglu"], TOLERANCES[Quant.NONE])

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops as mo
+from fake_impls.route import RouteSettings
 from moe_ops import Quant
-from moe_ops._library import BODIES
+from moe_ops._library import KERNELS
 from moe_ops.backends import npu_mc2
 from moe_ops.backends.npu_kernels import KEY
 from moe_ops.experts import run_experts
@@ -26,7 +27,7 @@ from .layers import LAYERS, make_inputs
 from .stand_in import StandIn
 
 IS_A5 = STAND_IN.chip.startswith("Ascend950")
-ROUTE = (3, "softmax", True, 1, 1, None, 1.0, None, None, None)
+ROUTING = RouteSettings(top_k=3)
 
 
 class Case(NamedTuple):
@@ -44,14 +45,12 @@ class Like(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
 
-def route(*changes: tuple[int, Any]) -> tuple[Any, ...]:
-    arguments = list(ROUTE)
-    for index, value in changes:
-        arguments[index] = value
-    return (Like((6, 16), torch.float32), *arguments)
+def route(is_active: Like | None = None, **changes: Any) -> tuple[Any, ...]:
+    return (Like((6, 16), torch.float32), is_active, *ROUTING._replace(**changes))
 
 
 GATING = ("MoeGatingTopK", "Gather")
+GROUPS = {"scoring": "sigmoid", "num_expert_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 CASES = {
     "int8": Case("quantize_int8", (Like((6, 64)),), ("DynamicQuant",)),
     "int8-one-row": Case("quantize_int8", (Like((1, 64), torch.float16),), ("DynamicQuant",)),
@@ -60,12 +59,12 @@ CASES = {
     "mxfp8-ragged": Case("quantize_mxfp8", (Like((6, 72)),), ("DynamicMxQuant",)),
     "mxfp4": Case("quantize_mxfp4", (Like((6, 64)),), ("DynamicMxQuant",)),
     "softmax": Case("route", route(), (*GATING, "Div")),
-    "softmax-raw": Case("route", route((2, False)), GATING),
-    "sigmoid": Case("route", route((1, "sigmoid"), (2, False)), GATING),
-    "groups": Case("route", route((1, "sigmoid"), (3, 4), (4, 2), (5, Like((16,), torch.float32)), (6, 2.5)), GATING),
-    "masked": Case("route", route((7, Like((6,), torch.bool))), (*GATING, "SWhere")),
-    "small-groups": Case("route", route((3, 8), (4, 2)), ("Softmax", "Sort")),
-    "sqrtsoftplus": Case("route", route((1, "sqrtsoftplus")), ("Softplus", "Sort")),
+    "softmax-raw": Case("route", route(renormalize=False), GATING),
+    "sigmoid": Case("route", route(scoring="sigmoid", renormalize=False), GATING),
+    "groups": Case("route", route(**GROUPS, e_score_correction_bias=Like((16,), torch.float32)), GATING),
+    "masked": Case("route", route(Like((6,), torch.bool)), (*GATING, "SWhere")),
+    "small-groups": Case("route", route(num_expert_group=8, topk_group=2), ("Softmax", "Sort")),
+    "sqrtsoftplus": Case("route", route(scoring="sqrtsoftplus"), ("Softplus", "Sort")),
     "permute": Case("permute_by_expert", ([Like((6, 64))], Like((6, 3), torch.int32), 2, 4), ("MoeInitRouting",)),
     "permute-scaled": Case(
         "permute_by_expert",
@@ -100,6 +99,11 @@ CASES = {
         (Like((6, 64), torch.float32), Like((4,), torch.int64), Like((4, 32, 64), torch.float32), None),
         ("GroupedMatmul",),
     ),
+    "linear-widened": Case(
+        "grouped_linear",
+        (Like((6, 64), torch.float32), Like((4,), torch.int64), Like((4, 32, 64), torch.float16), None),
+        ("InplaceCopy", "GroupedMatmul", "InplaceCopy"),
+    ),
 }
 
 
@@ -130,7 +134,7 @@ def assert_in_order(launched: Sequence[str], kernels: Sequence[str]) -> None:
 
 
 def test_every_lowering_has_a_case() -> None:
-    assert {case.op for case in CASES.values()} == {name for name, kernels in BODIES.items() if KEY in kernels}
+    assert {case.op for case in CASES.values()} == {name for name, kernels in KERNELS.items() if KEY in kernels}
 
 
 # On the other chips the portable bodies would cast to fp8 and fp4: whether these have such casts is not known.
@@ -153,7 +157,7 @@ def test_the_host_accepts_the_call_and_launches(stand_in: StandIn, case: Case) -
 def test_the_meta_functions_agree_with_the_shape_function(case: Case) -> None:
     with FakeTensorMode():
         arguments = [build(argument) for argument in case.arguments]
-        found = BODIES[case.op][KEY](*arguments)
+        found = KERNELS[case.op][KEY](*arguments)
         expected = getattr(torch.ops.moe_ops, case.op)(*arguments)
     assert signature(found) == signature(expected)
     assert [x.is_contiguous() for x in as_list(found)] == [True] * len(as_list(found))
@@ -198,7 +202,7 @@ def test_mc2_launches_both_halves(
         ids = torch.zeros(rows, top_k, dtype=torch.int32, device="npu")
         weights = torch.zeros(rows, top_k, device="npu")
         received, scale, counts, state = npu_mc2.dispatch(
-            x, ids, weights, num_local_experts=local, ep=ep, quant=quant, has_gaps=True
+            x, ids, weights, num_local_experts=local, ep=ep, quant=quant, has_gaps=True, may_repeat=True
         )
         assert (state.expand_scales is not None) == IS_A5
         assert state.expand_scales is None or state.expand_scales.shape == (received.shape[0],)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._dynamo.exc import BackendCompilerFailed
 
 import moe_ops as mo
-from moe_ops.collectives import start_even_exchange
+from moe_ops.collectives import exchange_rows
 from tests.device_graphs import FORMS, QUANTISED_FORMS, Buffers, Form, make_buffers, make_stage
 from tests.problems import E, Inputs, Problem, make_inputs
 from tests.problems import make_stage as make_stage_of_rank
@@ -30,11 +30,11 @@ VLLM_ASCEND = {**FORCE_EAGER, "inplace_pass": False, "clone_input": False}
 CASES = {
     "mc2": Problem("mc2", masked=1),
     "mc2-shared": Problem("mc2", masked=1, shared="sharded", dtype=torch.bfloat16),
-    "all2all": Problem("all2all-fixed"),
+    "all2all": Problem("all2all-fixed", chosen="ids-and-weights"),
     "all2all-w8a8": Problem("all2all-fixed", quant=mo.Quant.W8A8, weight_quant=mo.Quant.W8A8),
     "allgather": Problem("allgather-dp", shared="replicated"),
     "allgather-pcp": Problem("allgather-dp", layout=(1, 2, 2), dtype=torch.bfloat16),
-    "allgather-ep-even": Problem("allgather-ep", has_counts=False),
+    "allgather-ep-even": Problem("allgather-ep", said=("longest", "mask")),
     "allgather-ep": Problem("allgather-ep", shared="sharded"),
     "allgather-ep-w8a8": Problem("allgather-ep", quant=mo.Quant.W8A8),
     "routing": Problem("mc2", routing=mo.Routing(3, E, num_expert_group=4, topk_group=2, routed_scaling_factor=2.5)),
@@ -71,14 +71,8 @@ _libraries: list[torch.library.Library] = []  # what they register ends with the
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    """Four ranks of their own, in which nothing imports torchair."""
-    yield from pool_of_ranks(4, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def ranks_with_torchair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    """Two, in which it is imported first."""
+    """Two of their own, in which torchair is imported first. In those of other tests nothing imports it."""
     yield from pool_of_ranks(2, tmp_path_factory)
 
 
@@ -109,7 +103,7 @@ def compare_with_eager(
 
 
 def check_equal(ranks: RankPool, case: str, options: dict[str, bool], num_batches: int) -> None:
-    all_counts = (COUNTS if CASES[case].has_counts else EVEN_COUNTS)[:num_batches]
+    all_counts = (COUNTS if "per_rank" in CASES[case].said else EVEN_COUNTS)[:num_batches]
     answers = ranks.run(compare_with_eager, CASES[case], all_counts, options)
     assert [are_equal for are_equal, _ in answers] == [[True] * num_batches] * 4
     assert [graphs for _, graphs in answers] == [0, num_batches, num_batches, 0]
@@ -119,14 +113,14 @@ class TestResults:
     """Four ranks, (DP, TP) = (2, 2) or (PCP, TP) = (2, 2)."""
 
     @pytest.mark.parametrize("case", CASES)
-    def test_equal_eager_mode(self, ranks, case):
+    def test_equal_eager_mode(self, ranks4, case):
         # Each batch is a compilation of a second: several for one form of each transport, one for the others.
         num_batches = 2 if case in ("mc2", "allgather-ep-even", "allgather-ep") else 1
-        check_equal(ranks, case, FORCE_EAGER, num_batches)
+        check_equal(ranks4, case, FORCE_EAGER, num_batches)
 
     @pytest.mark.parametrize("case", ["mc2-shared", "all2all-w8a8", "allgather", "allgather-ep-w8a8"])
-    def test_equal_eager_mode_with_options_of_vllm_ascend(self, ranks, case):
-        check_equal(ranks, case, VLLM_ASCEND, num_batches=1)
+    def test_equal_eager_mode_with_options_of_vllm_ascend(self, ranks4, case):
+        check_equal(ranks4, case, VLLM_ASCEND, num_batches=1)
 
 
 def exchange(rank: int, sends_flat: bool, options: dict[str, bool], torchair_first: bool) -> tuple[str, bool, str]:
@@ -140,7 +134,7 @@ def exchange(rank: int, sends_flat: bool, options: dict[str, bool], torchair_fir
         return c10d.wait_tensor(c10d.all_to_all_single(x, [2] * size, [2] * size, name))
 
     def send_flat(x: torch.Tensor) -> torch.Tensor:
-        return start_even_exchange(x, size, name)()
+        return exchange_rows(x, size, name)()
 
     function = send_flat if sends_flat else send_rows
     try:
@@ -155,8 +149,8 @@ def exchange(rank: int, sends_flat: bool, options: dict[str, bool], torchair_fir
 class TestExchange:
     """What npugraph_ex makes of all_to_all_single, with the kernel of either package."""
 
-    def test_rows_are_an_error_upstream(self, ranks, options):
-        for module, is_right, error in ranks.run(exchange, False, options, False):
+    def test_rows_are_an_error_upstream(self, ranks4, options):
+        for module, is_right, error in ranks4.run(exchange, False, options, False):
             assert module.startswith("npugraph_ex.")
             assert not is_right
             assert "Split sizes doesn't match total dim 0 size" in error
@@ -168,7 +162,7 @@ class TestExchange:
 
     @pytest.mark.parametrize("torchair_first", [False, True], ids=["", "with-torchair"])
     def test_ours_is_right(self, request, options, torchair_first):
-        pool = request.getfixturevalue("ranks_with_torchair" if torchair_first else "ranks")
+        pool = request.getfixturevalue("ranks_with_torchair" if torchair_first else "ranks4")
         for _, is_right, error in pool.run(exchange, True, options, torchair_first):
             assert is_right, error
 
@@ -182,7 +176,7 @@ def groups(hccl_groups: Callable[..., Any]) -> mo.ParallelGroups:
 
 def stage_of(form: Form, groups: mo.ParallelGroups, num_tokens: int) -> tuple[Callable[..., Any], Buffers]:
     """The stage as a function of tensors on the device, and such tensors."""
-    return make_stage(form, groups, "npu"), make_buffers(num_tokens, form.dtype, "npu")
+    return make_stage(form, groups, "npu"), make_buffers(num_tokens, form, groups, "npu")
 
 
 def communication(launches: list[str]) -> list[str]:
@@ -213,14 +207,15 @@ class TestCapture:
         with pytest.raises(BackendCompilerFailed, match="Could not guard on data-dependent expression"):
             npugraph_ex(run, *inputs)
 
-    @pytest.mark.parametrize("form", ["allgather", "allgather-ep-even"])
+    @pytest.mark.parametrize("form", ["allgather-overlap-gate", "allgather-ep-even"])
     def test_dynamic_sizes_are_one_graph_captured_once_for_each(self, stand_in, groups, form):
         torch._dynamo.utils.counters.clear()
-        run, _ = stage_of(FORMS[form], groups, 8)
+        unmasked = FORMS[form]._replace(masked=False)
+        run, _ = stage_of(unmasked, groups, 8)
         compiled = torch.compile(run, backend="npugraph_ex", fullgraph=True, dynamic=True)
         captures, replays = stand_in.captures, stand_in.replays
         for num_tokens in (8, 16, 32, 8):
-            _, inputs = stage_of(FORMS[form], groups, num_tokens)
+            _, inputs = stage_of(unmasked, groups, num_tokens)
             assert compiled(*inputs).shape == inputs[0].shape
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert (stand_in.captures - captures, stand_in.replays - replays) == (1 + 3, 4)

@@ -119,7 +119,7 @@ def run_both_methods(
     from vllm_ascend.ascend_forward_context import MoECommType
     from vllm_ascend.ops.fused_moe.moe_comm_method import get_moe_comm_method
 
-    from moe_ops.integrations.vllm_ascend.step import step_arguments
+    from moe_ops.integrations.vllm_ascend.step import read_step
 
     x, logits = tokens_of(rank, layout, tokens)
     is_shard = layout.is_sequence_parallel
@@ -127,13 +127,13 @@ def run_both_methods(
         theirs = get_moe_comm_method(MoECommType[method], runner.moe_config)
         out = theirs.prepare(x, logits, replace_allreduce=is_shard)
         end = theirs.finalize(out.hidden_states.clone(), False, out.padded_hidden_states_shape)
-        arguments = step_arguments(tokens_are_sharded=is_shard)
-        groups = runner.routed_experts.groups
-        ours = mo.prepare(x, logits, groups=groups, **arguments)
-        our_end = mo.finalize(ours.hidden_states.clone(), ours.state, strategy=arguments["strategy"], groups=groups)
+        strategy, lengths = read_step(tokens_are_sharded=is_shard)
+        our_layout = mo.Layout(strategy, runner.routed_experts.groups, tokens_are_sharded=is_shard)
+        ours = mo.prepare(x, logits, our_layout, lengths)
+        our_end = mo.finalize(ours.hidden_states.clone(), ours.state, our_layout)
     return [
         (out.hidden_states, out.router_logits, out.mc2_mask, end),
-        (ours.hidden_states, ours.router_logits, ours.mc2_mask, our_end),
+        (ours.hidden_states, ours.router_logits, ours.mask, our_end),
     ]
 
 
@@ -216,8 +216,8 @@ def run_with_milestones(rank: int, weights: Sequence[torch.Tensor], tokens: Any)
     return milestones.has_fine_grained_stage_events
 
 
-def arguments_of(rank: int, method: str, **context: Any) -> Any:
-    """`step_arguments` of a context, or the error."""
+def step_of(rank: int, method: str, **context: Any) -> Any:
+    """What `read_step` makes of a context, or the error."""
     prepare_process()
     from vllm_ascend.ascend_forward_context import MoECommType
 
@@ -226,7 +226,7 @@ def arguments_of(rank: int, method: str, **context: Any) -> Any:
     values = types.SimpleNamespace(moe_comm_type=MoECommType[method], **context)
     with mock.patch.object(module, "_EXTRA_CTX", values):
         try:
-            return module.step_arguments(tokens_are_sharded=False)
+            return tuple(module.read_step(tokens_are_sharded=False))  # of a class that others can unpickle
         except ValueError as error:
             return str(error)
 

@@ -1,3 +1,4 @@
+import socket
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -41,3 +42,35 @@ def stock(engines: EnginePool) -> Stock:
 @pytest.fixture(scope="session")
 def qwen3(models: Path) -> str:
     return str(write_model("qwen3", models))
+
+
+@pytest.fixture(scope="module")
+def vllm_groups() -> Iterator[None]:
+    """vLLM's groups, of this process alone."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+    yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def config(vllm_groups: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """That of an engine in this process; the plugin is in vLLM."""
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from moe_ops.integrations.vllm.runner import install
+
+    monkeypatch.delitem(op_registry_oot, "MoERunner", raising=False)
+    install()
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    with set_current_vllm_config(config):
+        yield config
+    op_registry_oot.pop("MoERunner", None)

@@ -20,7 +20,6 @@ from .ascend_ranks import (
     INTERMEDIATE,
     TOP_K,
     Layout,
-    arguments_of,
     make_worker,
     methods,
     plugin_and_vllm_ascend,
@@ -30,6 +29,7 @@ from .ascend_ranks import (
     run_layer,
     run_left_layer,
     run_with_milestones,
+    step_of,
 )
 from .ascend_stand_in import SOURCE
 
@@ -134,23 +134,23 @@ def test_methods_have_strategies(one_rank: RankPool) -> None:
 
 
 def test_a_fused_step_is_refused(one_rank: RankPool) -> None:
-    (message,) = one_rank.run(arguments_of_fused)
+    (message,) = one_rank.run(fused_step)
     assert "moe_comm_type must be one of ['ALLGATHER', 'ALLTOALL', 'MC2'], got MoECommType.FUSED_MC2" in message
 
 
-def arguments_of_fused(rank: int) -> Any:
-    return arguments_of(rank, "FUSED_MC2")
+def fused_step(rank: int) -> Any:
+    return step_of(rank, "FUSED_MC2")
 
 
-def arguments_of_short_mask(rank: int) -> Any:
-    return arguments_of(rank, "MC2", padded_num_tokens=8, mc2_mask=torch.tensor([True, True, False, False, False]))
+def step_with_a_short_mask(rank: int) -> Any:
+    return step_of(rank, "MC2", padded_num_tokens=8, mc2_mask=torch.tensor([True, True, False, False, False]))
 
 
 def test_a_mask_that_ends_early_is_padded(one_rank: RankPool) -> None:
     """Its buffer has max_num_batched_tokens elements, which TP need not divide."""
-    (arguments,) = one_rank.run(arguments_of_short_mask)
-    assert arguments["mc2_mask"].tolist() == [True, True] + 6 * [False]
-    assert arguments["padded_num_tokens"] == 8
+    ((strategy, lengths),) = one_rank.run(step_with_a_short_mask)
+    assert strategy.name == "MC2"
+    assert lengths.mask.tolist() == [True, True] + 6 * [False]
 
 
 COPIES = "its experts have copies or are moved"
@@ -189,13 +189,13 @@ def test_what_is_left_to_vllm_ascend(one_rank: RankPool) -> None:
     assert reasons == [reason for _, reason in LEFT]
 
 
-def test_a_left_layer_runs_as_ever(one_rank: RankPool) -> None:
+def test_a_layer_that_is_left_runs_as_before(one_rank: RankPool) -> None:
     ((result, arguments),) = one_rank.run(run_left_layer, draw_weights())
     assert (result, arguments) == ("theirs", {"hidden_states": 1, "router_logits": 2, "input_ids": 3})
 
 
 def test_shared_experts_wait_for_nothing_inside(one_rank: RankPool) -> None:
-    """vllm-ascend's fused methods have no points inside either, so its shared experts know what to do."""
+    """vllm-ascend's fused methods have no points inside either, so its shared experts can do without."""
     assert one_rank.run(run_with_milestones, draw_weights(), draw_tokens([3])) == [False]
 
 

@@ -63,7 +63,9 @@ def check_graph(result: Result) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "whole"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_answer_as_ever(engines: EnginePool, stock: Stock, models: Path, name: str, mode: str) -> None:
+def test_models_answer_as_without_the_plugin(
+    engines: EnginePool, stock: Stock, models: Path, name: str, mode: str
+) -> None:
     model = str(write_model(name, models))
     (result,) = engines.run(Job(model, [PROMPTS], mode=mode))
     check(result.answers, stock(model, PROMPTS, mode))
@@ -112,7 +114,7 @@ def test_topologies_answer_as_one_rank(
     [("tp2-ep", "all2all"), ("tp2-ep", "mc2"), ("dp2-ep", "allgather"), ("dp2-ep", "all2all-fixed")],
 )
 def test_compiled_by_inductor(engines: EnginePool, stock: Stock, qwen3: str, topology: str, form: str) -> None:
-    """Which makes of a guard, that holds for the first count alone, code that writes beyond its buffers for others."""
+    """Where a guard held for the first count alone, its code would write beyond its buffers for others."""
     tp, dp, ep, _ = TOPOLOGIES[topology]
     results = engines.run(Job(qwen3, [PROMPTS[1:2], PROMPTS][-dp:], tp, dp, ep, "inductor", settings=FORMS[form]))
     check(results[-1].answers, stock(qwen3, PROMPTS))
@@ -131,7 +133,7 @@ def test_compiled_by_inductor(engines: EnginePool, stock: Stock, qwen3: str, top
         ("gpt_oss", "mc2"),
     ],
 )
-def test_models_answer_as_ever_with_divided_experts(
+def test_models_answer_alike_with_divided_experts(
     engines: EnginePool, stock: Stock, models: Path, name: str, form: str
 ) -> None:
     """Shared experts, a correction bias and biases of experts, none of them added twice."""

@@ -43,7 +43,7 @@ def test_one_dp_rank_has_its_own() -> None:
         assert list(token_counts(torch.zeros(3, 4), 1, 0, 2)) == [6]
 
 
-def test_the_fake_is_as_the_kernel_is() -> None:
+def test_the_fake_agrees_with_the_kernel() -> None:
     with context(COUNTS):
         torch.library.opcheck(read_token_counts, (torch.zeros(3, 4), *FIRST_OF_3))
         real = read_token_counts(torch.zeros(3, 4), *FIRST_OF_3)

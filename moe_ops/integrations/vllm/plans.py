@@ -13,40 +13,25 @@ from moe_ops.integrations.vllm.groups import groups_of
 from moe_ops.integrations.vllm.settings import Settings
 from moe_ops.selection import select_strategy
 from moe_ops.strategies import output_reduction
-from moe_ops.types import Dispatch, Reduction, Strategy
+from moe_ops.types import Dispatch, Layout, Reduction, Strategy
 
 
 class Plan(NamedTuple):
-    """The form of the stage in which a layer runs.
+    """How a layer runs. All of it is decided beforehand, because compiled code reads it.
 
     Attributes:
-        strategy: how tokens reach the ranks of their experts.
-        dispatch: likewise; None: the strategy's own.
-        groups: the ranks.
-        tokens_are_sharded: whether the model hands each TP rank its own part of the tokens.
+        layout: how the stage is laid over ranks.
         overlap_gate: as in `moe_stage`.
+        needs_token_counts: whether the stage needs to know token counts: those of other ranks, or what its own pads to.
+        is_reduced: whether there is a TP group and the result is already summed over it.
         reason: why this strategy, for people.
     """
 
-    strategy: Strategy
-    dispatch: Dispatch | None
-    groups: ParallelGroups
-    tokens_are_sharded: bool
+    layout: Layout
     overlap_gate: bool
+    needs_token_counts: bool
+    is_reduced: bool
     reason: str
-
-    @property
-    def needs_token_counts(self) -> bool:
-        """Whether the stage depends on token counts: of other ranks, or on its own beyond the number of rows."""
-        return self.strategy is not Strategy.ALLGATHER or self.groups.dp.size > 1
-
-    @property
-    def is_reduced(self) -> bool:
-        """Whether the result is complete where a sum over TP could be open."""
-        reduction = output_reduction(
-            strategy=self.strategy, groups=self.groups, tokens_are_sharded=self.tokens_are_sharded
-        )
-        return self.groups.tp.size > 1 and reduction is Reduction.COMPLETE
 
 
 def plan_for(config: Any, settings: Settings, vllm_config: VllmConfig) -> Plan:
@@ -60,13 +45,18 @@ def plan_for(config: Any, settings: Settings, vllm_config: VllmConfig) -> Plan:
     groups = groups_of(config.moe_parallel_config)
     strategy, dispatch, reason = _choose(config, settings, vllm_config, groups)
     is_gathered = strategy is Strategy.ALLGATHER
-    return Plan(
+    layout = Layout(
         strategy,
-        None if is_gathered else dispatch,
         groups,
-        config.is_sequence_parallel,
-        is_gathered and not settings.packed_payload,
-        reason,
+        None if is_gathered else dispatch,
+        tokens_are_sharded=config.is_sequence_parallel,
+    )
+    return Plan(
+        layout,
+        overlap_gate=is_gathered and not settings.packed_payload,
+        needs_token_counts=not is_gathered or layout.tokens_are_sharded or groups.dp.size > 1,
+        is_reduced=groups.tp.size > 1 and output_reduction(layout) is Reduction.COMPLETE,
+        reason=reason,
     )
 
 

@@ -52,7 +52,7 @@ def read_settings(additional_config: Mapping[str, Any], environ: Mapping[str, st
     if unknown:
         raise ValueError(f"additional_config[{KEY!r}] must have keys of {sorted(DEFAULTS)}, got {unknown}")
     asked = {
-        name: given.get(name, environ.get(f"MOE_OPS_VLLM_{name.upper()}") or default)  # an empty variable is none
+        name: given.get(name, environ.get(f"MOE_OPS_VLLM_{name.upper()}") or default)  # empty: not set
         for name, default in DEFAULTS.items()
     }
     settings = Settings(

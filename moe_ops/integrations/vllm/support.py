@@ -8,14 +8,7 @@ from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroE
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from fake_impls.checks import FLOATS
-from moe_ops.experts import SWIGLU_ALPHA, SWIGLU_LIMIT
-
-ACTIVATIONS = {
-    MoEActivation.SILU: "silu",
-    MoEActivation.GELU: "gelu",
-    MoEActivation.GELU_TANH: "gelu_tanh",
-    MoEActivation.SWIGLUOAI: "swigluoai",
-}
+from moe_ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT
 
 
 def why_not(runner: Any, vllm_config: VllmConfig) -> str | None:
@@ -33,7 +26,7 @@ def why_not(runner: Any, vllm_config: VllmConfig) -> str | None:
         f"its experts are quantised ({type(experts.quant_method).__name__})": type(experts.quant_method)
         is not UnquantizedFusedMoEMethod,
         f"its weights are {experts.params_dtype}": experts.params_dtype not in FLOATS,
-        f"its activation is {config.activation.value}": config.activation not in ACTIVATIONS,
+        f"its activation is {config.activation.value}": config.activation.value not in ACTIVATIONS,
         f"limit, alpha and beta of its SwiGLU are {swiglu}": any(
             value not in (None, wanted) for value, wanted in zip(swiglu, of_gpt_oss, strict=True)
         )

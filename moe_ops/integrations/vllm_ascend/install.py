@@ -13,7 +13,8 @@ NAME = "RoutedExperts"
 
 
 def register() -> None:
-    """Replace vllm-ascend's routed experts, which it has registered, if the environment asks for it. Twice is as once.
+    """Replace vllm-ascend's routed experts, which it has registered, if the environment asks for it. A second call changes
+    nothing.
 
     Raises:
         RuntimeError: the version of vllm-ascend is not supported, or it has not registered the layer that is to be replaced.

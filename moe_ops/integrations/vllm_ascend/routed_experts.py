@@ -1,28 +1,28 @@
 """vllm-ascend's routed experts, which run as the stage: the part of a layer between its gate and its sums.
 
-``AscendMoERunner`` does what is around them (gate, shared experts, transforms, sums over TP) as ever: the stage returns what
-vllm-ascend's communication method of the step would, complete or one TP rank's summand.
+``AscendMoERunner`` still does the rest (gate, shared experts, transforms, sums over TP): the stage returns what vllm-ascend's
+communication method of the step would, complete or one TP rank's summand.
 """
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.ascend_forward_context import _EXTRA_CTX
 from vllm_ascend.distributed.parallel_state import get_mc2_group
 from vllm_ascend.ops.fused_moe.dataclass.shared_experts import RoutedMoEMilestones
 from vllm_ascend.ops.fused_moe.routed_experts import AscendRoutedExperts, AscendUnquantizedFusedMoEMethod
 
+from moe_ops.activations import ACTIVATIONS
 from moe_ops.groups import ParallelGroups
 from moe_ops.integrations.vllm.groups import group_of, groups_of
 from moe_ops.integrations.vllm.support import common_reasons
-from moe_ops.integrations.vllm_ascend.step import step_arguments
+from moe_ops.integrations.vllm_ascend.step import read_step
 from moe_ops.stage import moe_stage
-from moe_ops.types import ExpertWeights, Routing, Strategy, WeightLayout
+from moe_ops.types import ExpertWeights, Layout, Routing, Strategy, WeightLayout
 
 logger = init_logger(f"vllm.{__name__}")  # one of vLLM's, so that its settings apply
 
@@ -61,37 +61,29 @@ class MoeOpsRoutedExperts(AscendRoutedExperts):
     def forward_impl(
         self, *, hidden_states: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, RoutedMoEMilestones]:
-        """``[T, H]``, and where shared experts are to overlap, that there is no point inside to wait for."""
+        """``[T, H]``; and, where shared experts overlap, that there is no point inside the stage which they could wait for."""
         if self.reason_against is not None:
             return super().forward_impl(hidden_states=hidden_states, router_logits=router_logits, input_ids=input_ids)
         config = self.moe_config
-        arguments = step_arguments(tokens_are_sharded=config.is_sequence_parallel)
-        choose = partial(self._choose, is_balanced_by_force=bool(_EXTRA_CTX.in_profile_run))
+        strategy, lengths = read_step(tokens_are_sharded=config.is_sequence_parallel)
+        groups = self.mc2_groups if strategy is Strategy.MC2 else self.groups
+        is_balanced_by_force = bool(_EXTRA_CTX.in_profile_run)
+        topk_weights, topk_ids = self._select_experts(hidden_states, router_logits, is_balanced_by_force, input_ids)
         routed = moe_stage(
             hidden_states,
-            router_logits,
+            None,
             self._weights,
-            routing=Routing(
+            Routing(
                 config.experts_per_token,
                 config.num_experts,
-                select_experts=choose,
                 apply_router_weight_on_input=self.apply_router_weight_on_input,
             ),
-            groups=self.mc2_groups if arguments["strategy"] is Strategy.MC2 else self.groups,
-            **arguments,
+            Layout(strategy, groups, tokens_are_sharded=config.is_sequence_parallel),
+            lengths=lengths,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
         )
         return (routed, RoutedMoEMilestones()) if self.return_with_event else routed
-
-    def _choose(
-        self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        *,
-        is_balanced_by_force: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and ids, by vllm-ascend's router."""
-        return self._select_experts(hidden_states, router_logits, is_balanced_by_force, input_ids)
 
     @property
     def _weights(self) -> ExpertWeights:
@@ -101,6 +93,7 @@ class MoeOpsRoutedExperts(AscendRoutedExperts):
             self.w2_weight,
             getattr(self, "w13_bias", None),
             getattr(self, "w2_bias", None),
+            activation=self.moe_config.activation.value,
             layout=WeightLayout.NPU,
         )
 
@@ -108,12 +101,13 @@ class MoeOpsRoutedExperts(AscendRoutedExperts):
 def why_not(experts: MoeOpsRoutedExperts) -> str | None:
     """Why a layer is left to vllm-ascend; None if the stage can run it."""
     config, router, settings = experts.moe_config, experts.router, get_ascend_config()
-    method = type(experts.quant_method)
+    method, activation = type(experts.quant_method), config.activation.value
     swiglu = experts.swiglu_limit, experts.swiglu_alpha, experts.swiglu_beta
     reasons = {
         f"its experts are quantised ({method.__name__})": method is not AscendUnquantizedFusedMoEMethod,
         "of fused MC2": bool(settings.enable_fused_mc2),
-        f"its activation is {config.activation.value}": config.activation is not MoEActivation.SILU,
+        f"its activation is {activation}": activation not in ACTIVATIONS
+        or "npu" not in ACTIVATIONS[activation].kernels,
         f"limit, alpha and beta of its SwiGLU are {swiglu}": swiglu != (None, None, None),
         **common_reasons(config, router),
         "its experts have copies or are moved": config.num_experts != config.num_logical_experts

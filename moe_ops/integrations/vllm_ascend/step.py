@@ -1,4 +1,4 @@
-"""What a step's forward context says, as arguments: read once a layer, by one function, and passed on from there.
+"""What a step's forward context says, as arguments: read once a call of a layer, by one function, and passed on from there.
 
 vllm-ascend's communication methods and the strategies of this library:
 
@@ -11,14 +11,14 @@ vllm-ascend's communication methods and the strategies of this library:
 | FUSED_MC2 | none: it holds the experts, too | |
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from vllm.forward_context import get_forward_context
 from vllm_ascend.ascend_forward_context import _EXTRA_CTX, MoECommType
 
-from moe_ops.types import Strategy
+from moe_ops.types import Lengths, Strategy
 
 STRATEGIES = {
     MoECommType.ALLGATHER: Strategy.ALLGATHER,
@@ -27,8 +27,15 @@ STRATEGIES = {
 }
 
 
-def step_arguments(*, tokens_are_sharded: bool) -> dict[str, Any]:
-    """The arguments of `moe_ops.prepare` and `moe_ops.moe_stage` that change from step to step.
+class Step(NamedTuple):
+    """What changes from step to step."""
+
+    strategy: Strategy
+    lengths: Lengths
+
+
+def read_step(*, tokens_are_sharded: bool) -> Step:
+    """The strategy of this step, and what is known of token counts.
 
     All that makes ranks agree is vllm-ascend's: it chooses the method, and the lengths, by what all of them know.
 
@@ -41,20 +48,25 @@ def step_arguments(*, tokens_are_sharded: bool) -> dict[str, Any]:
     method = _EXTRA_CTX.moe_comm_type
     if method not in STRATEGIES:
         raise ValueError(f"moe_ops: moe_comm_type must be one of {[m.name for m in STRATEGIES]}, got {method}")
-    arguments = {"strategy": STRATEGIES[method], "tokens_are_sharded": tokens_are_sharded}
+    lengths = Lengths()
     if method is MoECommType.MC2:
-        return {**arguments, **_mc2_arguments(_EXTRA_CTX.padded_num_tokens, _EXTRA_CTX.mc2_mask)}
-    if method is MoECommType.ALLGATHER and not tokens_are_sharded:
-        return {**arguments, "max_tokens_across_dp": _EXTRA_CTX.max_tokens_across_dp}
-    if method is MoECommType.ALLGATHER:
-        metadata = get_forward_context().dp_metadata
-        sizes = None if metadata is None else metadata.local_sizes
-        return {**arguments, "num_tokens_across_ep": None if sizes is None else [int(size) for size in sizes]}
-    return arguments
+        lengths = Lengths(mask=_whole_mask(_EXTRA_CTX.mc2_mask, _EXTRA_CTX.padded_num_tokens))
+    elif method is MoECommType.ALLGATHER and not tokens_are_sharded:
+        lengths = Lengths(longest=_EXTRA_CTX.max_tokens_across_dp)
+    elif method is MoECommType.ALLGATHER:
+        lengths = _lengths_of_shards()
+    return Step(STRATEGIES[method], lengths)
 
 
-def _mc2_arguments(padded_num_tokens: int, mask: torch.Tensor | None) -> dict[str, Any]:
-    """The mask is a slice of a buffer, which may end before the padded length: what is beyond it is padding."""
-    if mask is not None and mask.shape[0] < padded_num_tokens:
-        mask = F.pad(mask, (0, padded_num_tokens - mask.shape[0]))
-    return {"padded_num_tokens": padded_num_tokens, "mc2_mask": mask}
+def _whole_mask(mask: torch.Tensor, padded_num_tokens: int) -> torch.Tensor:
+    """The mask of all rows: it is a slice of a buffer, which may end before the last row. What is beyond it is padding."""
+    missing = padded_num_tokens - mask.shape[0]
+    return F.pad(mask, (0, missing)) if missing > 0 else mask
+
+
+def _lengths_of_shards() -> Lengths:
+    """vLLM keeps the sizes only where there are several DP ranks; the shards of one have equal sizes."""
+    metadata = get_forward_context().dp_metadata
+    if metadata is None or metadata.local_sizes is None:
+        return Lengths(equal=True)
+    return Lengths(per_rank=[int(size) for size in metadata.local_sizes])
