@@ -6,7 +6,7 @@ VLLM := .venv-vllm/bin
 # Tests that depend on the chip; the others run once.
 OF_THE_CHIP := $(patsubst %,tests/npu/test_%.py,stand_in decisions lowerings ge_graphs capture)
 
-.PHONY: demo demo-vllm test lint types bench bench-stage bench-vllm clean
+.PHONY: demo demo-vllm test test-fast lint types bench bench-stage bench-vllm clean
 
 # An environment is complete when its file exists; a changed requirement makes it anew. --no-deps, because the files are complete.
 define make_environment
@@ -52,6 +52,9 @@ test: .venv/complete .venv-vllm/complete .venv-vllm-ascend/complete .venv-npu/co
 	$(VLLM)/python -m pytest tests/vllm tests/test_packed_experts.py
 	CANN_STAND_IN_SOC=Ascend910_9391 $(NPU)/python -m pytest tests/npu
 	CANN_STAND_IN_SOC=Ascend950PR_9589 $(NPU)/python -m pytest $(OF_THE_CHIP)
+
+test-fast: .venv/complete
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/complete
 	$(BIN)/ruff check .

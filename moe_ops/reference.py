@@ -67,7 +67,9 @@ def gated_mlp(
     gate, up = gated.chunk(2)
     if activation == "silu":
         return w2.double() @ (gate * torch.sigmoid(gate) * up)
-    return w2.double() @ (F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up)
+    if activation in ("gelu", "gelu_tanh"):
+        return w2.double() @ (F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up)
+    raise ValueError(f"reference: activation must be one of those of ExpertWeights, got {activation!r}")
 
 
 def moe_stage(
@@ -95,7 +97,7 @@ def moe_stage(
         ``[T, H]`` of the dtype of `hidden_states`.
 
     Raises:
-        ValueError: the experts are packed, or arguments that make the choice are missing.
+        ValueError: the experts are packed, an activation or scoring is unknown, or nothing says how experts are chosen.
 
     Example::
 

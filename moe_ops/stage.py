@@ -25,7 +25,6 @@ from moe_ops.types import (
     Routing,
     SharedExperts,
     StageOutput,
-    Strategy,
 )
 
 
@@ -202,7 +201,7 @@ def _start(call: StageCall) -> Steps[torch.Tensor | StageOutput]:
     kind = Dispatch.LOCAL if groups.ep.size == 1 else layout.dispatch or row.dispatches[0]
     layout = layout._replace(groups=groups, dispatch=kind)
     call = call._replace(layout=layout, lengths=resolve_lengths("moe_stage", x.shape[0], call.lengths, layout))
-    _check(call)
+    _check(call, sends_rows=Dispatch.LOCAL not in row.dispatches)
     return row.steps(call)
 
 
@@ -219,7 +218,7 @@ def _specialize(groups: ParallelGroups, weights: Iterable[object]) -> ParallelGr
     return ParallelGroups(tp, dp, ep, pcp)
 
 
-def _check(call: StageCall) -> None:
+def _check(call: StageCall, *, sends_rows: bool) -> None:
     groups, routing, strategy = call.layout.groups, call.routing, call.layout.strategy
     check_choice("moe_stage", "quant", call.quant, Quant)
     if row_experts_for(call.experts) is not None and call.quant is not Quant.NONE:
@@ -233,7 +232,7 @@ def _check(call: StageCall) -> None:
         raise ValueError(
             f"moe_stage: logical_to_physical must be given with {routing.num_redundant_experts} redundant experts, got None"
         )
-    if strategy is not Strategy.ALLGATHER:
+    if sends_rows:
         if call.overlap_gate:
             raise ValueError(f"moe_stage: overlap_gate must be False for {strategy.name}, which routes before it sends")
         if groups.ep.size == 1 and groups.tp.size > 1:

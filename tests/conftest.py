@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks talk over the loopback interface alone
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each rank starts a pool of compilers
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or torch imports torch_npu before what it stands on
 
 from collections.abc import Iterator

@@ -69,8 +69,10 @@ def mlp(x_TH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, activation: str
         active = gate / (1 + torch.exp(-gate))
     elif activation == "gelu":
         active = gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
-    else:
+    elif activation == "gelu_tanh":
         active = gate * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    else:
+        raise NotImplementedError(activation)
     return (active * up) @ w2.double().T
 
 

@@ -48,6 +48,7 @@ def prepare_and_by_hand(rank: int, form: forms.Form) -> set[str]:
     return set(eager._measure_form(groups_of(2, 1, 1).ep, form, 5, rounds=1, is_real=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", forms.FORMS, ids=lambda form: form.name)
 def test_prepare_and_finalize_do_what_is_written_by_hand(ranks2: RankPool, form: forms.Form) -> None:
     assert ranks2.run(prepare_and_by_hand, form) == [{"prepare", "finalize"}] * 2  # which it checks before it measures
@@ -68,6 +69,7 @@ def errors_of_paths(rank: int) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.slow
 def test_every_path_computes_the_layer(ranks2: RankPool) -> None:
     for errors in ranks2.run(errors_of_paths):
         assert len(errors) == 9
@@ -78,6 +80,7 @@ def calls_of_forms(rank: int) -> dict[str, tuple[Calls, tuple[float, float]]]:
     return host._measure_stage(groups_of(2, 1, 1).ep, rounds=2)
 
 
+@pytest.mark.slow
 def test_at_most_five_frames_to_a_collective(ranks2: RankPool) -> None:
     found, other = ranks2.run(calls_of_forms)
     collectives = {"ALL2ALL, ALL_TO_ALL": 3}  # the first is that of the counts

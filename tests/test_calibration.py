@@ -20,6 +20,7 @@ def calibrate_once(rank: int) -> mo.Calibration:
     return mo.calibrate(groups_of(2, 1, 1).ep, sizes=(1 << 10, 1 << 18), rounds=3)
 
 
+@pytest.mark.slow
 def test_all_ranks_measure_the_same(ranks2: RankPool) -> None:
     first, second = ranks2.run(calibrate_once)
     assert first == second

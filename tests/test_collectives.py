@@ -106,6 +106,7 @@ def payload(rank: int, rows: int) -> list[torch.Tensor]:
     return [hidden, ids, random_bytes((rows,), torch.float32, rank), random_bytes((rows, 1), torch.bool, rank)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [[3, 0, 1, 5], [0, 0, 0, 0], [2, 2, 2, 2], None], ids=str)
 def test_one_collective_gathers_everything(ranks4: RankPool, counts: list[int] | None) -> None:
     expected = [

@@ -125,6 +125,7 @@ def check_bytes(pool: RankPool, shape: Shape, is_sharded: bool, dtype: torch.dty
         assert sent == pytest.approx(as_gloo_sends(cost), rel=0.02), (form, cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "quant"), KINDS, ids=lambda value: getattr(value, "value", str(value)))
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2)], ids=["dp2", "tp2"])
@@ -132,6 +133,7 @@ def test_bytes_on_two_ranks(ranks2: RankPool, shape: Shape, is_sharded: bool, dt
     check_bytes(ranks2, shape, is_sharded, dtype, quant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("shape", [(2, 1, 2), (2, 2, 1)], ids=["dp2-tp2", "dp2-pcp2"])

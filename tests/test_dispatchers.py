@@ -95,6 +95,7 @@ def exchange(
     return groups, combine(rows, dispatched, ep=ep), num_dropped
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 999),
     counts=st.lists(st.sampled_from([0, 1, 2, 5, 11]), min_size=4, max_size=4),
@@ -219,6 +220,7 @@ def targets_of_the_graph(rank: int, strategy: mo.Strategy, dispatch: mo.Dispatch
     return [str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "dispatch", "num_reads"),
     [

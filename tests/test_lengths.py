@@ -44,7 +44,7 @@ def contradiction(kind: str, problem: Problem, counts: list[int], mask: torch.Te
         "longest-is-not-the-largest": mo.Lengths(longest=longest + 1, per_rank=counts),
         "too-few-counts": mo.Lengths(per_rank=counts[:-1]),
         "a-negative-count": mo.Lengths(per_rank=[*counts[:-1], -1] if counts[-1] else [-1, *counts[1:]]),
-        "ragged-and-equal": mo.Lengths(equal=True, per_rank=[*counts[:-1], counts[-1] + 1]),
+        "ragged-and-equal": mo.Lengths(equal=True, per_rank=[*counts[:-1], longest + 1]),
         "a-mask-that-is-too-short": mo.Lengths(longest=longest, mask=mask[: -problem.layout[2]]),
         "a-mask-of-ragged-chunks": mo.Lengths(mask=torch.cat([mask, mask[:1]])),
         "a-mask-with-two-axes": mo.Lengths(mask=mask.unsqueeze(1)),

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_map
 from .op_cases import CASES, COMPOSITES, DIFFERENTIABLE, LEAVES, Sizes, registered_ops
 from .vllm_stand_in import load_kernels
 
+pytestmark = pytest.mark.slow
+
 OPS = torch.ops.moe_ops
 TP = 4
 COUNTS = [0, 1, TP - 1, TP, TP + 1, 37]

@@ -100,6 +100,7 @@ def run_packed(rank: int, problem: Problem, is_compiled: bool) -> torch.Tensor:
         return stage(make_inputs(rank, problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("form", ["all2all", "mc2", "allgather-dp", "allgather-ep"])
 def test_the_whole_stage_on_packed_weights(ranks4: RankPool, form: str, is_compiled: bool) -> None:
@@ -217,6 +218,7 @@ def run_opposed(rank: int, problem: Problem, is_compiled: bool) -> torch.Tensor:
         return stage(make_inputs(rank, problem)._replace(hidden=x, topk_ids=ids, topk_weights=weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("form", ["all2all", "mc2", "allgather-dp", "allgather-ep"])
 def test_summands_of_ranks_beyond_float16(ranks4: RankPool, form: str, is_compiled: bool) -> None:

@@ -297,6 +297,7 @@ def test_no_tokens_and_one_rank(capsys: Captured, tmp_path: Path) -> None:
     assert rows_of(plan(capsys, *SMALL, "--tokens", 0, "--tp", 2))["dispatch: all_to_all EP"] == [0, 0, 0, 20]
 
 
+@pytest.mark.slow
 def test_measures_on_this_machine() -> None:
     command = [sys.executable, "-m", "moe_ops.cli", "plan", *SMALL, "--dp", "2", "--tokens", "8", "--calibrate", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
@@ -304,6 +305,7 @@ def test_measures_on_this_machine() -> None:
     assert re.search(r"all_gather: \d+ us \+ bytes / \S+ Gb/s; .*measured on 2 gloo ranks", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "options", "extra"), [("rich", [], "plan"), ("matplotlib", ["--plot", "x"], "plot")]
 )

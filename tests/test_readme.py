@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_layer_runs_and_prints_what_the_readme_says(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     example = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def layer" in block)
@@ -20,6 +23,15 @@ def test_the_layer_runs_and_prints_what_the_readme_says(tmp_path: Path) -> None:
     assert done.stdout.strip() == said[1]
 
 
+@pytest.mark.slow
+def test_import_leaves_out_what_only_some_users_need() -> None:
+    later = ("torch._dynamo", "torch._inductor", "sympy", "torch_npu", "vllm", "transformers", "rich")
+    code = f"import sys, moe_ops; print([name for name in {later} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
 def test_the_library_needs_torch_alone() -> None:
     others = ["rich", "transformers", "torchao", "hypothesis", "matplotlib", "pytest", "torch_npu", "vllm"]
     code = (

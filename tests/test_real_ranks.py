@@ -101,6 +101,7 @@ def mixed_round_trips(rank: int, form: str, backend: str, all_counts: list[list[
     return is_right, counter.frame_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("form", FORMS)
 def test_eager_and_compiled_ranks_agree(ranks4: RankPool, form: str, backend: str) -> None:
@@ -127,6 +128,7 @@ def leave_results_unused(rank: int, form: str, backend: str) -> bool:
     return torch.equal(function(batch.tokens), batch.tokens * 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("form", FORMS)
 def test_an_unused_result_is_safe(ranks4: RankPool, form: str, backend: str) -> None:

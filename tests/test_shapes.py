@@ -88,9 +88,10 @@ def with_symbolic_rows(mode: FakeTensorMode, leaf: Any) -> Any:
     return mode.from_tensor(leaf, symbolic_context=StatelessSymbolicContext(dynamic_sizes=symbolic))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @given(drawn=sizes(), is_strided=st.booleans())
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_shape_function_fake_and_eager_agree(op: str, drawn: Sizes, is_strided: bool) -> None:
     arguments = CASES[op](drawn)
     arguments = pytree.tree_map(transposed, arguments) if is_strided else arguments

@@ -16,11 +16,23 @@ from moe_ops.route import route
 from moe_ops.slots import place_copies
 
 from .oracle import dense_moe
-from .problems import FORMS, E, Problem, expected_of, layout_for, own_experts, problems, run_stage
+from .problems import (
+    FORMS,
+    E,
+    Problem,
+    expected_of,
+    layout_for,
+    make_inputs,
+    make_stage,
+    own_experts,
+    problems,
+    run_stage,
+)
 from .ranks import RankPool, coordinates, groups_of
 from .simulated import local, simulated_world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 @settings(max_examples=80)
@@ -109,6 +121,76 @@ def test_the_reference_agrees_with_the_oracle(data: st.DataObject) -> None:
     assert found.shape == expected.shape
     if expected.numel():  # its scores are float32, and an element may be the difference of large ones
         assert (found.double() - expected).abs().max() <= 2e-6 * expected.abs().max().clamp(min=0.5)
+
+
+def test_the_reference_refuses_what_it_does_not_know() -> None:
+    hidden, logits = torch.ones(1, 2), torch.ones(1, 4)
+    experts, routing = mo.ExpertWeights(torch.ones(4, 2, 2), torch.ones(4, 2, 1)), mo.Routing(1, 4)
+    for message, changed in {
+        "router_logits or topk_weights must be given": {"router_logits": None},
+        "topk_ids must be given with topk_weights": {"topk_weights": torch.ones(1, 1)},
+        "activation must be one of": {"all_experts": experts._replace(activation="relu")},
+        "scoring must be": {"routing": routing._replace(scoring="tanh")},
+    }.items():
+        arguments = {"hidden_states": hidden, "router_logits": logits, "all_experts": experts, "routing": routing}
+        with pytest.raises(ValueError, match=message):
+            mo.reference.moe_stage(**(arguments | changed))
+
+
+def run_and_replay(rank: int, problem: Problem) -> tuple[mo.StageOutput, list[torch.Tensor]]:
+    """What `run_stage` returns, and what the stage makes of the same choice when it is passed."""
+    inputs = make_inputs(rank, problem)
+    output = make_stage(rank, problem, run=mo.run_stage)(inputs)
+    again = inputs._replace(topk_ids=output.topk_ids, topk_weights=output.topk_weights)
+    chosen = ("by-logits", "ids", "ids-and-weights")
+    return output, [make_stage(rank, problem._replace(chosen=how))(again) for how in chosen]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_run_stage_tells_what_was_chosen(ranks4: RankPool, form: str, data: st.DataObject) -> None:
+    problem = data.draw(problems(form))._replace(reduce_results=True, chosen="by-logits")
+    for rank, (output, replayed) in enumerate(ranks4.run(run_and_replay, problem)):
+        assert all(torch.equal(output.hidden_states, result) for result in replayed)
+        assert (output.topk_ids.dtype, output.topk_weights.dtype) == (torch.int32, torch.float32)
+        assert output.num_dropped == 0
+        num_real, (hidden, logits) = problem.num_real(rank), problem.tokens(problem.owner(rank))
+        assert output.topk_ids.shape == output.topk_weights.shape == (hidden.shape[0], problem.routing.top_k)
+        assert (output.topk_ids[num_real:] == -1).all()
+        assert (output.topk_weights[num_real:] == 0).all()
+        for token in range(num_real):
+            experts, weights = zip(*mo.reference.route(logits[token], problem.routing), strict=True)
+            assert output.topk_ids[token].tolist() == list(experts)
+            torch.testing.assert_close(output.topk_weights[token].double(), torch.stack(weights), rtol=1e-5, atol=1e-7)
+
+
+def run_beyond_float16(rank: int, form: str) -> torch.Tensor:
+    """Results of experts 0 and 7 that are beyond float16, on two ranks; their sum is not."""
+    layout, w2 = layout_for(Problem(form)), torch.zeros(2, 4, 4)
+    w2[0], w2[1] = 100.0 * (rank == 0), -99.0 * (rank == 3)
+    experts = mo.ExpertWeights(torch.full((2, 8, 4), 4.0).half(), w2.half())
+    ids, weights = torch.tensor([[0, 7]] * 3), torch.ones(3, 2)
+    return mo.moe_stage(
+        torch.ones(3, 4).half(),
+        None,
+        experts,
+        mo.Routing(2, E),
+        layout,
+        lengths=mo.Lengths(equal=True),
+        topk_ids=ids,
+        topk_weights=weights,
+        reduce_results=True,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_is_weighed_and_summed_in_float32(ranks4: RankPool, form: str) -> None:
+    """SiLU(16) * 16 = 256 four times: 102,400 and -101,376."""
+    for result in ranks4.run(run_beyond_float16, form):
+        assert result.dtype is torch.float16
+        torch.testing.assert_close(result, torch.full((3, 4), 1024.0).half(), rtol=2e-3, atol=0)
 
 
 def run_with_redundant_experts(rank: int, problem: Problem, slots: list[int], table: torch.Tensor) -> torch.Tensor:
@@ -249,6 +331,7 @@ def test_coordinates_of_the_layout_are_those_of_the_library() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["all2all-fixed", "mc2", "allgather-dp", "allgather-ep"])
 @pytest.mark.parametrize("topology", [(2, 2, 2), (1, 2, 4)], ids=str)
 def test_simulated_ranks_agree_with_the_oracle(form: str, topology: tuple[int, int, int]) -> None:

@@ -20,6 +20,8 @@ from moe_ops.quantize import quantize_activations
 
 from .simulated import World, local, simulated_world
 
+pytestmark = pytest.mark.slow
+
 WIDTH, EXPERTS = 3, 2
 TOKENS = st.one_of(st.integers(0, 9), st.sampled_from([13, 31, 64]))
 
@@ -85,7 +87,7 @@ def share_of_owner(gathered: Any, world: World) -> Any:
     has_mask=st.booleans(),
     actual=st.integers(0, 70),
 )
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_all2all_chunks_and_returns(
     topology: tuple[int, int, int], counts: list[int], has_mask: bool, actual: int
 ) -> None:
@@ -126,7 +128,7 @@ def test_all2all_chunks_and_returns(
     has_length=st.booleans(),
     actual=st.integers(0, 70),
 )
-@settings(max_examples=100)
+@settings(max_examples=30)
 def test_mc2_mask_rows_are_hidden_rows(
     topology: tuple[int, int, int],
     counts: list[int],
@@ -169,7 +171,7 @@ def test_mc2_mask_rows_are_hidden_rows(
     missing=st.integers(0, 3),
     has_mask=st.booleans(),
 )
-@settings(max_examples=80)
+@settings(max_examples=25)
 def test_mc2_pads_shards_and_gives_each_its_own_part_of_the_mask(
     topology: tuple[int, int, int], shard_rows: list[int], extra: int, missing: int, has_mask: bool
 ) -> None:
@@ -205,7 +207,7 @@ def test_mc2_pads_shards_and_gives_each_its_own_part_of_the_mask(
     has_mask=st.booleans(),
     actual=st.integers(0, 70),
 )
-@settings(max_examples=100)
+@settings(max_examples=30)
 def test_allgather_over_dp_and_pcp(
     topology: tuple[int, int, int],
     counts: list[int],
@@ -262,7 +264,7 @@ def gathered_over_dp(case: Case, rank: int, per_rank: int) -> torch.Tensor:
     equal=st.booleans(),
     quant=st.sampled_from(list(mo.Quant)),
 )
-@settings(max_examples=80)
+@settings(max_examples=25)
 def test_allgather_over_ep(topology: tuple[int, int, int], counts: list[int], equal: bool, quant: mo.Quant) -> None:
     with simulated_world(*topology) as world:
         counts = [counts[0]] * world.size if equal else counts[: world.size]
@@ -291,7 +293,7 @@ def test_allgather_over_ep(topology: tuple[int, int, int], counts: list[int], eq
 
 
 @given(topology=topologies(), counts=st.lists(TOKENS, min_size=24, max_size=24), missing=st.integers(0, 9))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_allgather_over_ep_knows_the_longest_alone(
     topology: tuple[int, int, int], counts: list[int], missing: int
 ) -> None:
@@ -324,7 +326,7 @@ def as_bytes(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("strategy", list(Strategy), ids=lambda s: s.value)
 @given(first=st.lists(TOKENS, min_size=4, max_size=4), second=st.lists(TOKENS, min_size=4, max_size=4))
-@settings(max_examples=25)
+@settings(max_examples=8)
 def test_micro_batches_interleave(strategy: Strategy, first: list[int], second: list[int]) -> None:
     with simulated_world(2, 1, 2) as world:
         a, b, layout = Case(world, first), Case(world, second), mo.Layout(strategy, world.groups)

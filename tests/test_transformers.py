@@ -135,6 +135,7 @@ def run_layer(rank: int, layer: Layer, topology: tuple[int, int, int], is_shared
 TOPOLOGIES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3", "qwen2", "gpt-oss", "deepseek-v3"])
 def test_blocks(

@@ -240,7 +240,6 @@ dot_rows = define(
     backward=no_gradient,
 )
 
-
 for _name, _kernel in (
     ("permute_by_expert", _permute_on_host),
     ("unpermute", _unpermute_on_host),
