@@ -23,6 +23,13 @@ def stage_ranks(groups: ParallelGroups) -> tuple[int, int]:
     return dp.size * pcp.size * tp.size, rank
 
 
+def tp_is_inside(groups: ParallelGroups) -> bool:
+    """Whether the EP ranks are whole TP groups, whose ranks follow one another."""
+    return (
+        groups.ep.name == groups.tp.name or stage_ranks(groups)[0] == groups.dp.size * groups.pcp.size * groups.tp.size
+    )
+
+
 def resolve_lengths(op: str, num_tokens: int, lengths: Lengths, layout: Layout) -> Lengths:
     """The same lengths, with `longest` filled in where it follows from the others.
 
@@ -33,10 +40,14 @@ def resolve_lengths(op: str, num_tokens: int, lengths: Lengths, layout: Layout) 
     if not isinstance(lengths, Lengths):
         raise TypeError(f"{op}: lengths must be a Lengths, got {lengths!r}")
     longest, equal, per_rank, mask = lengths
-    if longest is not None and not isinstance(longest, int | torch.SymInt):
+    if longest is not None and not _is_integer(longest):
         raise TypeError(f"{op}: lengths.longest must be an integer, got {longest!r}")
+    if not isinstance(equal, bool):
+        raise TypeError(f"{op}: lengths.equal must be True or False, got {equal!r}")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{op}: lengths.mask must be a tensor, got {type(mask).__name__}")
     if per_rank is not None:
-        per_rank = _check_per_rank(op, num_tokens, per_rank, layout.groups)
+        per_rank = _check_per_rank(op, num_tokens, per_rank, layout)
         most = largest(per_rank)
         if longest is not None:
             check_equal(op, "lengths.longest", longest, most, "the largest of lengths.per_rank")
@@ -62,16 +73,25 @@ def resolve_lengths(op: str, num_tokens: int, lengths: Lengths, layout: Layout) 
     return Lengths(longest, equal, per_rank, mask)
 
 
-def _check_per_rank(op: str, num_tokens: int, per_rank: Sequence[int], groups: ParallelGroups) -> tuple[int, ...]:
-    if isinstance(per_rank, torch.Tensor):
-        raise TypeError(f"{op}: lengths.per_rank must be a sequence of integers, got a tensor")
-    counts, (size, rank) = tuple(per_rank), stage_ranks(groups)
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _check_per_rank(op: str, num_tokens: int, per_rank: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    if not isinstance(per_rank, Sequence) or not all(map(_is_integer, per_rank)):
+        found = "a tensor" if isinstance(per_rank, torch.Tensor) else repr(per_rank)
+        raise TypeError(f"{op}: lengths.per_rank must be a sequence of integers, got {found}")
+    counts, tp, (size, rank) = tuple(per_rank), layout.groups.tp.size, stage_ranks(layout.groups)
     if len(counts) != size:
         raise ValueError(f"{op}: lengths.per_rank must hold {size} counts, one for each EP rank, got {len(counts)}")
     if any(isinstance(count, int) and count < 0 for count in counts):
         raise ValueError(f"{op}: lengths.per_rank must not be negative, got {counts}")
     if isinstance(rank, int):  # a simulation of several ranks in one process has no single rank
         check_equal(op, "rows of hidden_states", num_tokens, counts[rank], f"lengths.per_rank[{rank}]")
+    for other, count in enumerate(counts) if not layout.tokens_are_sharded and tp_is_inside(layout.groups) else ():
+        first = counts[other // tp * tp]
+        if isinstance(count, int) and isinstance(first, int) and count != first:
+            raise ValueError(f"{op}: lengths.per_rank must repeat a number for the ranks of a TP group, got {counts}")
     return counts
 
 
@@ -99,9 +119,8 @@ def known_longest(op: str, lengths: Lengths, form: str) -> int:
 
 def shards_of_tp(lengths: Lengths, groups: ParallelGroups) -> tuple[int, ...] | None:
     """Rows of each TP rank's shard; None if `per_rank` does not say them."""
-    size, rank = stage_ranks(groups)
-    is_said = lengths.per_rank is not None and size == groups.dp.size * groups.pcp.size * groups.tp.size
-    if lengths.per_rank is None or not is_said or not isinstance(rank, int):
+    _, rank = stage_ranks(groups)
+    if lengths.per_rank is None or not tp_is_inside(groups) or not isinstance(rank, int):
         return None
     first = rank - groups.tp.rank  # TP ranks follow one another
     return tuple(lengths.per_rank[first : first + groups.tp.size])

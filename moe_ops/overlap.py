@@ -64,6 +64,12 @@ def run_stream(stream: Steps[Value]) -> Value:
     return value
 
 
+def _checked(step: object) -> Transfer:
+    if not isinstance(step, Transfer):
+        raise TypeError(f"interleave: streams must yield a Transfer or a Result, got {type(step).__name__}")
+    return step
+
+
 def interleave(*streams: Steps[Value]) -> list[Value]:
     """Run streams so that while the collective of one is in flight, the next computes.
 
@@ -78,8 +84,8 @@ def interleave(*streams: Steps[Value]) -> list[Value]:
         The result of each stream, in their order.
 
     Raises:
-        TypeError: a stream is not a generator.
-        RuntimeError: a stream ended without a result, or was run before.
+        TypeError: a stream is not a generator, or yields something else than a `Transfer` or a `Result`.
+        RuntimeError: a stream ended without a result, or was run to its end before.
 
     Example: two halves of a batch, of which the rows of one travel while the experts of the other compute::
 
@@ -107,7 +113,7 @@ def interleave(*streams: Steps[Value]) -> list[Value]:
             if isinstance(step, Result):
                 results[index] = step.value
                 continue
-            transfer = step
+            transfer = _checked(step)
         if in_flight is not None:
             ready.append((in_flight.number, in_flight.stream, (in_flight.wait(), in_flight.computed)))
             in_flight = None

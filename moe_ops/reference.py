@@ -27,7 +27,7 @@ def route(logits: torch.Tensor, routing: Routing, chosen: list[int] | None = Non
 
 
 def _scores(logits: torch.Tensor, scoring: str) -> torch.Tensor:
-    """Of as many equal logits each, alone: no score depends on where it stands."""
+    """Each logit is scored in a vector of copies of itself: torch rounds the ends of a vector in another way."""
     if scoring == "softmax":
         return torch.softmax(logits, dim=0)
     if scoring == "sigmoid":
@@ -97,7 +97,8 @@ def moe_stage(
         ``[T, H]`` of the dtype of `hidden_states`.
 
     Raises:
-        ValueError: the experts are packed, an activation or scoring is unknown, or nothing says how experts are chosen.
+        ValueError: the experts are packed or quantised, an activation or scoring is unknown, or nothing says how experts are
+            chosen.
 
     Example::
 
@@ -105,6 +106,8 @@ def moe_stage(
     """
     if all_experts.layout is not WeightLayout.PLAIN:
         raise ValueError(f"reference: all_experts must have WeightLayout.PLAIN, got {all_experts.layout}")
+    if all_experts.w13_scale is not None or all_experts.w2_scale is not None:
+        raise ValueError("reference: all_experts must not be quantised, got scales; dequantize_weights undoes it")
     if router_logits is None and topk_weights is None:
         raise ValueError("reference: router_logits or topk_weights must be given, got neither")
     if topk_weights is not None and topk_ids is None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fake_impls.checks import check_dim, check_dtype
+from fake_impls.experts import sum_dtype
 from fake_impls.layout import largest, padded_rows
 from moe_ops._library import Wait
 from moe_ops.collectives import all_gather, chunk_rows, gather_rows, on_rank_zero, reduce_scatter, sum_over_ranks
@@ -48,13 +49,22 @@ def run_shared_experts(
     """
     lengths = resolve_lengths("shared_experts", hidden_states.shape[0], lengths, layout)
     check_lengths(shared, layout, lengths)
-    return _complete(run_local_part(hidden_states, shared, layout), hidden_states, shared, layout, lengths)
+    local = run_local_part(hidden_states, shared, layout)
+    output, reduction = _complete(local, hidden_states, shared, layout, lengths)
+    return output.to(hidden_states.dtype), reduction
 
 
 def check_lengths(shared: SharedExperts, layout: Layout, lengths: Lengths) -> None:
     """Raise unless lengths say what is needed of other TP ranks."""
     if _gathers_shards(shared, layout):
         known_longest("shared_experts", lengths, "shared experts that are sharded over TP, on tokens that are")
+        groups = layout.groups
+        is_known = lengths.mask is not None or shards_of_tp(lengths, groups) is not None
+        if not is_known and groups.ep.size > 1 and groups.ep.name == groups.dp.name:
+            raise ValueError(
+                "shared_experts: lengths.mask must be given for shared experts that are sharded over TP, on tokens that are, "
+                "where EP is the DP group: the other lengths tell nothing of other TP ranks; got none"
+            )
 
 
 def _gathers_shards(shared: SharedExperts, layout: Layout) -> bool:
@@ -165,5 +175,7 @@ def _check(hidden_states: torch.Tensor, shared: SharedExperts) -> None:
 
 
 def _mlp(x_TH: torch.Tensor, shared: SharedExperts) -> torch.Tensor:
-    y_TH = F.linear(activate(F.linear(x_TH, shared.w13), shared.activation), shared.w2)
+    """In float32 for float16 tokens: the result may be beyond float16 where its product with the gate, or a sum, is not."""
+    inner_TI, dtype = activate(F.linear(x_TH, shared.w13), shared.activation), sum_dtype(x_TH.dtype)
+    y_TH = F.linear(inner_TI.to(dtype), shared.w2.to(dtype))
     return y_TH if shared.gate is None else each(torch.sigmoid, F.linear(x_TH, shared.gate)) * y_TH

@@ -159,7 +159,7 @@ def moe_stage_steps(
 ) -> Steps[torch.Tensor]:
     """`moe_stage` as a stream of work, for `interleave`. Its result is that of `moe_stage`.
 
-    Arguments and errors are those of `moe_stage`; they are checked here, and not when the stream runs.
+    Arguments and errors are those of `moe_stage`: raised here, or where lengths are missing when the stream starts.
 
     Example: two halves of a batch, of which the rows of one travel while the experts of the other compute::
 
@@ -195,8 +195,10 @@ def _start(call: StageCall) -> Steps[torch.Tensor | StageOutput]:
     check_dim("moe_stage", "hidden_states", x, 2)
     if call.router_logits is not None:
         check_tokens("moe_stage", x, call.router_logits)
-    elif call.topk_ids is not None:
+    if call.topk_ids is not None:
         check_same_rows("moe_stage", "topk_ids", call.topk_ids, "hidden_states", x)
+    elif call.topk_weights is not None:
+        raise ValueError("moe_stage: topk_ids must be given with topk_weights, got None")
     groups = _specialize(layout.groups, [*experts, *(call.shared_experts or ())])
     kind = Dispatch.LOCAL if groups.ep.size == 1 else layout.dispatch or row.dispatches[0]
     layout = layout._replace(groups=groups, dispatch=kind)
@@ -232,14 +234,13 @@ def _check(call: StageCall, *, sends_rows: bool) -> None:
         raise ValueError(
             f"moe_stage: logical_to_physical must be given with {routing.num_redundant_experts} redundant experts, got None"
         )
-    if sends_rows:
-        if call.overlap_gate:
-            raise ValueError(f"moe_stage: overlap_gate must be False for {strategy.name}, which routes before it sends")
-        if groups.ep.size == 1 and groups.tp.size > 1:
-            raise ValueError(
-                f"moe_stage: layout.groups.ep must be given for {strategy.name} with TP {groups.tp.size}, got none: each TP "
-                "rank sends its own tokens, so experts that are sharded over TP would each see a part of them; ALLGATHER "
-                "takes such experts"
-            )
+    if groups.ep.size == 1 and groups.tp.size > 1 and (sends_rows or call.layout.tokens_are_sharded):
+        raise ValueError(
+            f"moe_stage: layout.groups.ep must be given for {strategy.name} with TP {groups.tp.size} and tokens that TP ranks "
+            "divide, got none: experts that are sharded over TP would each see a part of the tokens; ALLGATHER takes such "
+            "experts with tokens that are whole on each TP rank"
+        )
+    if sends_rows and call.overlap_gate:
+        raise ValueError(f"moe_stage: overlap_gate must be False for {strategy.name}, which routes before it sends")
     if call.shared_experts is not None:
         check_lengths(call.shared_experts, call.layout, call.lengths)

@@ -119,10 +119,13 @@ MASK = torch.ones(8, dtype=torch.bool)
             "lengths.longest must be rows of hidden_states (lengths.equal) = 5, got 8",
         ),
         (
-            mo.Lengths(equal=True, per_rank=[5, 5, 4, 5]),
-            ValueError,
-            "lengths.per_rank[2] must be rows of hidden_states (lengths.equal) = 5, got 4",
+            mo.Lengths(equal=True, longest=5, per_rank=[5, 5, 5, "5"]),
+            TypeError,
+            "lengths.per_rank must be a sequence of integers, got [5, 5, 5, '5']",
         ),
+        (mo.Lengths(longest=True), TypeError, "lengths.longest must be an integer, got True"),
+        (mo.Lengths(equal=1), TypeError, "lengths.equal must be True or False, got 1"),
+        (mo.Lengths(mask=[True]), TypeError, "lengths.mask must be a tensor, got list"),
         (mo.Lengths(mask=MASK.view(8, 1)), ValueError, "lengths.mask must be 1-D, got 2-D of shape (8, 1)"),
         (
             mo.Lengths(mask=MASK.float()),
@@ -138,6 +141,20 @@ def test_lengths(
 ) -> None:
     function = prepare_with(layout_of(strategy, sharded, fake_group4), lengths)
     check_raises(kind, f"prepare: {message}", function, [torch.zeros(T, H), torch.zeros(T, E)])
+
+
+@pytest.mark.parametrize(("strategy", "sharded"), FORMS)
+def test_ragged_lengths_contradict_equal_ones_and_ranks_of_a_tp_group(
+    strategy: Strategy, sharded: bool, fake_group4: str
+) -> None:
+    layout, tensors = layout_of(strategy, sharded, fake_group4), [torch.zeros(T, H), torch.zeros(T, E)]
+    is_whole = layout.groups.tp.size > 1 and not sharded
+    message = "lengths.per_rank must repeat a number for the ranks of a TP group, got (5, 5, 4, 5)"
+    if is_whole:
+        check_raises(ValueError, message, prepare_with(layout, mo.Lengths(per_rank=[5, 5, 4, 5])), tensors)
+    else:
+        message = "lengths.per_rank[2] must be rows of hidden_states (lengths.equal) = 5, got 4"
+    check_raises(ValueError, message, prepare_with(layout, mo.Lengths(equal=True, per_rank=[5, 5, 4, 5])), tensors)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import moe_ops as mo
 from moe_ops import dispatchers, experts, overlap, route, shared_experts, slots
 from moe_ops.collectives import all_gather
-from moe_ops.dispatchers.local import combine_local, dispatch_local
+from moe_ops.dispatchers import local
 
 from .ranks import RankPool
 
@@ -34,6 +34,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "from_process_groups": mo.ParallelGroups.from_process_groups,
     **{name: getattr(dispatchers, name) for name in ("dispatch", "combine")},
     **{name: getattr(slots, name) for name in ("place_copies", "to_physical")},
+    **{name: getattr(local, name) for name in ("dispatch_local", "weigh_input", "combine_local")},
     "route": route.route,
     "count_expert_load": route.count_expert_load,
     "run_experts": experts.run_experts,
@@ -54,11 +55,11 @@ def make_names() -> dict[str, Any]:
     groups = mo.ParallelGroups.from_process_groups(ep=dist.group.WORLD)
     layout = mo.Layout(mo.Strategy.ALLGATHER, groups)
     topk_weights, topk_ids = route.route(x @ gate.T, routing)
-    dispatched = dispatch_local(x, topk_ids, topk_weights, first_expert=0, num_local_experts=8)
+    dispatched = local.dispatch_local(x, topk_ids, topk_weights, first_expert=0, num_local_experts=8)
     return {
         **{"torch": torch, "mo": mo, "dist": dist, "partial": partial},
         **{name: getattr(overlap, name) for name in ("Transfer", "Result")},
-        **{"all_gather": all_gather, "dispatch_local": dispatch_local, "combine_local": combine_local},
+        **{"all_gather": all_gather, "dispatched": dispatched},
         **{name: function for name, function in FUNCTIONS.items() if "." not in name},
         **{"x": x, "x1": x[:3], "x2": x[3:], "gate": gate, "w13": w13, "w2": w2, "bias": draw(256)},
         **{"hidden_states": x, "router_logits": x @ gate.T, "logits1": x[:3] @ gate.T, "logits2": x[3:] @ gate.T},

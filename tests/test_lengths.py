@@ -94,6 +94,16 @@ def test_what_contradicts_itself_is_an_error_on_every_rank(
         assert "lengths." in error
 
 
+def test_shards_of_a_tp_group_that_is_the_ep_group() -> None:
+    tp = mo.Group("tp", 2, 1)
+    groups = mo.ParallelGroups(tp=tp, dp=mo.Group("dp", 2, 0), ep=tp)
+    layout = mo.Layout(Strategy.MC2, groups, tokens_are_sharded=True)
+    lengths = mo.Lengths(per_rank=[3, 2], mask=torch.arange(6) < 4)
+    active = active_tokens(2, resolve_lengths("moe_stage", 2, lengths, layout), layout)
+    assert active is not None
+    assert active.tolist() == [True, False]
+
+
 def run_without_lengths(rank: int, problem: Problem) -> str:
     inputs, layout = make_inputs(rank, problem), layout_for(problem)
     try:

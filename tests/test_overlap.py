@@ -247,9 +247,15 @@ def test_streams_of_different_forms(ranks4: RankPool, is_compiled: bool) -> None
             torch.testing.assert_close(result.double(), expected, rtol=2e-5, atol=2e-5)
 
 
+def iter_of_ints() -> Any:
+    yield 1
+
+
 def test_what_is_no_stream_is_named() -> None:
     with pytest.raises(TypeError, match="interleave: streams must be generators, got Tensor"):
         mo.interleave(torch.zeros(2))
+    with pytest.raises(TypeError, match="interleave: streams must yield a Transfer or a Result, got int"):
+        mo.interleave(iter_of_ints())
     spent = stream("a", [], 0)
     mo.interleave(spent)
     with pytest.raises(RuntimeError, match="streams must end with a Result, and be run once"):

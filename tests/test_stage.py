@@ -129,6 +129,7 @@ def test_the_reference_refuses_what_it_does_not_know() -> None:
     for message, changed in {
         "router_logits or topk_weights must be given": {"router_logits": None},
         "topk_ids must be given with topk_weights": {"topk_weights": torch.ones(1, 1)},
+        "all_experts must not be quantised": {"all_experts": experts._replace(w2_scale=torch.ones(4, 2))},
         "activation must be one of": {"all_experts": experts._replace(activation="relu")},
         "scoring must be": {"routing": routing._replace(scoring="tanh")},
     }.items():
@@ -164,6 +165,30 @@ def test_run_stage_tells_what_was_chosen(ranks4: RankPool, form: str, data: st.D
             experts, weights = zip(*mo.reference.route(logits[token], problem.routing), strict=True)
             assert output.topk_ids[token].tolist() == list(experts)
             torch.testing.assert_close(output.topk_weights[token].double(), torch.stack(weights), rtol=1e-5, atol=1e-7)
+
+
+def test_a_choice_of_other_tokens_is_refused() -> None:
+    layout = mo.Layout(Strategy.MC2, mo.ParallelGroups())
+    experts = mo.ExpertWeights(torch.ones(4, 2, 2), torch.ones(4, 2, 1))
+    choice = {"topk_ids": torch.zeros(2, 1, dtype=torch.int64), "topk_weights": torch.ones(2, 1)}
+    for logits in (torch.ones(3, 4), None):
+        with pytest.raises(ValueError, match="rows of topk_ids must be those of hidden_states = 3, got 2"):
+            mo.moe_stage(torch.ones(3, 2), logits, experts, mo.Routing(1, 4), layout, **choice)
+    with pytest.raises(ValueError, match="topk_ids must be given with topk_weights, got None"):
+        mo.moe_stage(torch.ones(2, 2), None, experts, mo.Routing(1, 4), layout, topk_weights=torch.ones(2, 1))
+
+
+def test_shared_experts_beyond_float16() -> None:
+    """SiLU(16) * 16 * 4 * 100 = 102,400, which the gate makes 1,843 of."""
+    x, one = torch.ones(1, 4).half(), mo.ParallelGroups()
+    shared = mo.SharedExperts(
+        torch.full((8, 4), 4.0).half(), torch.full((4, 4), 100.0).half(), False, torch.full((1, 4), -1.0).half()
+    )
+    experts, routing = mo.ExpertWeights(torch.zeros(4, 2, 4).half(), torch.zeros(4, 4, 1).half()), mo.Routing(1, 4)
+    layout = mo.Layout(Strategy.ALL2ALL, one)
+    found = mo.moe_stage(x, torch.ones(1, 4).half(), experts, routing, layout, shared_experts=shared)
+    expected = mo.reference.moe_stage(x, torch.ones(1, 4), experts, routing, shared_experts=shared)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
 
 
 def run_beyond_float16(rank: int, form: str) -> torch.Tensor:
@@ -287,12 +312,17 @@ ALONE = mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups())
         (
             mo.Layout(Strategy.ALL2ALL, mo.ParallelGroups(tp=TWO)),
             {},
-            r"layout\.groups\.ep must be given for ALL2ALL with TP 2, got none",
+            r"layout\.groups\.ep must be given for ALL2ALL with TP 2",
         ),
         (
             mo.Layout(Strategy.MC2, mo.ParallelGroups(tp=TWO)),
             {},
-            r"layout\.groups\.ep must be given for MC2 with TP 2, got none",
+            r"layout\.groups\.ep must be given for MC2 with TP 2",
+        ),
+        (
+            mo.Layout(Strategy.ALLGATHER, mo.ParallelGroups(tp=TWO), tokens_are_sharded=True),
+            {},
+            r"layout\.groups\.ep must be given for ALLGATHER with TP 2",
         ),
         (
             mo.Layout(Strategy.MC2, mo.ParallelGroups()),

@@ -24,9 +24,9 @@ class Exchange(NamedTuple):
     returns what waits for it.
 
     Attributes:
-        dispatch: of hidden states, ids, weights and perhaps scales ``[N, ...]``, the experts of each rank, the capacity, and
-            the name and the size of the EP group: the rows that are here then, and a state.
-        combine: of shares ``[R, H]`` of these rows, the state, and the group: ``[N, H]``.
+        dispatch: takes hidden states, ids, weights and perhaps scales ``[N, ...]``, the experts of each rank, the capacity, and
+            the name and the size of the EP group. Returns the rows received, and a state.
+        combine: takes shares ``[R, H]`` of these rows, the state, and the group. Returns ``[N, H]``.
     """
 
     dispatch: Callable[[Sequence[torch.Tensor], int, int | None, str, int], Wait[tuple[list[torch.Tensor], Any]]]
@@ -74,7 +74,7 @@ def dispatch(
         num_local_experts: experts of each rank; rank `r` has the `r`-th run of them.
         ep: the EP group; single, with LOCAL, where there is none.
         capacity: FIXED_CAPACITY: rows that each rank sends to each rank, the same on all of them. Rows beyond it are dropped,
-            last first, and counted in ``exchange.num_dropped``. As many as the rank has that has most drop none.
+            last first, and counted in ``exchange.num_dropped``. None are if it is at least the rows of the rank that has most.
         scale: the scales of quantised hidden states.
 
     Raises:

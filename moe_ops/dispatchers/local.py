@@ -91,7 +91,7 @@ def _unpermute(rows: torch.Tensor, weights: torch.Tensor | None, positions: torc
 
 
 def _unpermute_on_host(rows: torch.Tensor, weights: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-    """The same sums in the same order. On a CPU positions can be read for nothing, and only rows that a choice went to are."""
+    """The same sums in the same order. On a CPU reading positions waits for nothing, so only rows of choices are read."""
     total_NH = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
     if not rows.shape[0]:
         return total_NH.to(rows.dtype)
@@ -270,6 +270,11 @@ def dispatch_local(
         first_expert: id of this rank's first expert.
         num_local_experts: experts of this rank.
         scale: the scales of quantised hidden states.
+
+    Example::
+
+        dispatched = dispatch_local(x, topk_ids, topk_weights, first_expert=0, num_local_experts=8)
+        rows = run_experts(dispatched.rows, dispatched.counts, experts, is_summand=True)
     """
     refuse_forward_mode("dispatch", (hidden_states, topk_weights))
     tensors = [hidden_states] if scale is None else [hidden_states, scale]
@@ -278,7 +283,13 @@ def dispatch_local(
 
 
 def weigh_input(rows: torch.Tensor, state: LocalState) -> torch.Tensor:
-    """The rows of a dispatch, each times the router's weight: then `combine_local` must not weigh again."""
+    """The rows of a dispatch, each times the router's weight: then `combine_local` must not weigh again.
+
+    Example::
+
+        x = weigh_input(dispatched.rows, dispatched.state)
+        y = combine_local(run_experts(x, dispatched.counts, experts), dispatched.state, weights_on_input=True)
+    """
     refuse_forward_mode("weigh_input", (rows, state))
     weighed: torch.Tensor = weigh_rows(rows, state.topk_weights, state.positions)
     return weighed
@@ -294,6 +305,10 @@ def combine_local(expert_rows: torch.Tensor, state: LocalState, *, weights_on_in
 
     Returns:
         ``[N, H]`` of the dtype of `expert_rows`: the share of this rank's experts, zero for rows that have none here.
+
+    Example::
+
+        y = combine_local(run_experts(dispatched.rows, dispatched.counts, experts), dispatched.state)
     """
     refuse_forward_mode("combine", (expert_rows, state))
     output: torch.Tensor = unpermute(expert_rows, None if weights_on_input else state.topk_weights, state.positions)

@@ -68,7 +68,12 @@ def read_config(path: Path) -> Model:
     config = text if isinstance(text, dict) else config
     sizes = _read_sizes(path, config)
     layers = config.get("per_layer_config") or {}
-    for layer in layers.values() if isinstance(layers, dict) else layers:
+    each_layer = (
+        list(layers.values() if isinstance(layers, dict) else layers) if isinstance(layers, dict | list) else [layers]
+    )
+    for layer in each_layer:
+        if not isinstance(layer, dict):
+            raise ValueError(f"--config {path}: per_layer_config must hold an object for each layer, got {layer!r}")
         if _read_sizes(path, config | layer) != sizes:
             raise ValueError(
                 f"--config {path}: per_layer_config must leave the sizes of experts as they are, got {layer}"

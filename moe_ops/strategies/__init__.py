@@ -26,10 +26,10 @@ class StrategySteps(NamedTuple):
     """A strategy: pure functions, and the kinds of dispatch that it goes with, of which the first is its own.
 
     Attributes:
-        prepare: of hidden states, logits, the layout, resolved lengths and the format of activations.
-        finalize: of rows, prepare's state and the layout; a sum over TP stays open.
-        lay_out: of per-token integers, prepare's state and the layout.
-        reduction: of the layout: whether finalize leaves a sum over TP open.
+        prepare: takes hidden states, logits, the layout, resolved lengths and the format of activations.
+        finalize: takes rows, prepare's state and the layout; leaves a sum over TP open.
+        lay_out: takes per-token integers, prepare's state and the layout.
+        reduction: takes the layout; says whether finalize leaves a sum over TP open.
         steps: the whole stage as a stream of work.
         dispatches: kinds of dispatch.
     """
@@ -69,7 +69,7 @@ def strategy_of(op: str, layout: Layout) -> StrategySteps:
     row = STRATEGIES[layout.strategy]
     if layout.dispatch is not None:
         check_choice(op, "layout.dispatch", layout.dispatch, Dispatch)
-        if layout.groups.ep.size > 1 and layout.dispatch not in row.dispatches:
+        if layout.dispatch not in row.dispatches:
             allowed = " or ".join(kind.name for kind in row.dispatches)
             raise ValueError(
                 f"{op}: layout.dispatch must be {allowed} for {layout.strategy.name}, got {layout.dispatch}"
