@@ -90,7 +90,7 @@ def _check_per_rank(op: str, num_tokens: int, per_rank: Sequence[int], layout: L
         check_equal(op, "rows of hidden_states", num_tokens, counts[rank], f"lengths.per_rank[{rank}]")
     for other, count in enumerate(counts) if not layout.tokens_are_sharded and tp_is_inside(layout.groups) else ():
         first = counts[other // tp * tp]
-        if isinstance(count, int) and isinstance(first, int) and count != first:
+        if is_known(count != first):
             raise ValueError(f"{op}: lengths.per_rank must repeat a number for the ranks of a TP group, got {counts}")
     return counts
 

@@ -39,7 +39,7 @@ from .simulated import local, simulated_world
 def test_every_form_agrees_with_the_oracle(ranks4: RankPool, form: str, data: st.DataObject) -> None:
     problem = data.draw(problems(form))
     # Rounding of float32 sums, or of about ten bfloat16 values on the way that are 0.5 and more, on four ranks.
-    tolerance = 2e-5 if problem.dtype is torch.float32 else 8 * 2.0**-8
+    tolerance = 2e-5 if problem.dtype is torch.float32 else 12 * 2.0**-8
     for rank, result in enumerate(ranks4.run(run_stage, problem)):
         expected = expected_of(problem, rank)
         assert result.dtype == problem.dtype
