@@ -88,9 +88,9 @@ def _check_per_rank(op: str, num_tokens: int, per_rank: Sequence[int], layout: L
         raise ValueError(f"{op}: lengths.per_rank must not be negative, got {counts}")
     if isinstance(rank, int):  # a simulation of several ranks in one process has no single rank
         check_equal(op, "rows of hidden_states", num_tokens, counts[rank], f"lengths.per_rank[{rank}]")
-    for other, count in enumerate(counts) if not layout.tokens_are_sharded and tp_is_inside(layout.groups) else ():
-        first = counts[other // tp * tp]
-        if is_known(count != first):
+    if not layout.tokens_are_sharded and tp_is_inside(layout.groups):
+        differs = [is_known(count != counts[other // tp * tp]) for other, count in enumerate(counts)]
+        if any(differs):
             raise ValueError(f"{op}: lengths.per_rank must repeat a number for the ranks of a TP group, got {counts}")
     return counts
 

@@ -34,7 +34,7 @@ class ExpertLoad(NamedTuple):
 
 
 def measure_load(topk_ids: torch.Tensor, *, num_experts: int, ep_size: int) -> ExpertLoad:
-    """The load that a routing makes.
+    """The load that a routing makes: a report, for which the counts are read on the host.
 
     Args:
         topk_ids: int ``[T, K]``, of all ranks; -1 counts nowhere.

@@ -72,7 +72,7 @@ def mlp(x_TH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, activation: str
     elif activation == "gelu_tanh":
         active = gate * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
     else:
-        raise NotImplementedError(activation)
+        raise ValueError(f"oracle: there is no activation {activation!r}")
     return (active * up) @ w2.double().T
 
 

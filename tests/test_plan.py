@@ -165,6 +165,11 @@ WRONG = {
     "per_layer_config must leave the sizes of experts as they are, got {'num_experts': 4}": {
         "per_layer_config": {"1": {"head_dim": 9}, "3": {"num_experts": 4}}
     },
+    "per_layer_config must be objects, one for each layer, got 5": {"per_layer_config": 5},
+    "per_layer_config must be objects, one for each layer, got [None]": {"per_layer_config": {"0": None}},
+    "expert_intermediate must not be there, ": {"expert_intermediate": 24},
+    "experts_per_token must not be there, ": {"experts_per_token": 2},
+    "expertHiddenSize must not be there, ": {"expertHiddenSize": 24},
     "expert_width must not be there, ": {"per_layer_config": [{"expert_width": 4}]},
     "must have moe_latent_size or moe_hidden_size or hidden_size, which is missing": {"hidden_size": None},
     "must have num_experts_per_tok or ": {"num_experts_per_tok": None},

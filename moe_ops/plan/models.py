@@ -1,6 +1,7 @@
 """MoE layers of models: a few by name, others from their ``config.json``."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +38,11 @@ COUNTS = {
 }
 """Likewise; but of these all mean the same."""
 
-# A key with a word of each of the first two, and none of the third, says something of the sizes or number of routed experts.
+# A key with a word of the first and of the second or third, and none of the last, says something of the sizes or number of routed
+# experts.
 ABOUT_EXPERTS = {"expert", "experts", "moe", "routed"}
-ABOUT_SIZES = {"size", "sizes", "dim", "dims", "width", "num", "n"}
+ABOUT_COUNTS = {"num", "n", "count", "per", "top", "topk"}
+ABOUT_WIDTHS = {"size", "sizes", "dim", "dims", "width", "hidden", "intermediate", "inner", "latent", "ffn"}
 ABOUT_OTHERS = {"shared", "share", "group", "groups", "layer", "layers"}
 READ = {key for keys in (WIDTHS | COUNTS).values() for key in keys}
 NO_EXPERTS = {"is_moe"}
@@ -67,13 +70,11 @@ def read_config(path: Path) -> Model:
     name, text = str(config.get("model_type", path)), config.get("text_config")
     config = text if isinstance(text, dict) else config
     sizes = _read_sizes(path, config)
-    layers = config.get("per_layer_config") or {}
-    each_layer = (
-        list(layers.values() if isinstance(layers, dict) else layers) if isinstance(layers, dict | list) else [layers]
-    )
-    for layer in each_layer:
-        if not isinstance(layer, dict):
-            raise ValueError(f"--config {path}: per_layer_config must hold an object for each layer, got {layer!r}")
+    layers = config.get("per_layer_config") or []
+    layers = list(layers.values()) if isinstance(layers, dict) else layers
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        raise ValueError(f"--config {path}: per_layer_config must be objects, one for each layer, got {layers!r}")
+    for layer in layers:
         if _read_sizes(path, config | layer) != sizes:
             raise ValueError(
                 f"--config {path}: per_layer_config must leave the sizes of experts as they are, got {layer}"
@@ -98,8 +99,8 @@ def _read_sizes(path: Path, config: dict[str, Any]) -> dict[str, int]:
 
 
 def _is_about_experts(key: str) -> bool:
-    words = set(key.split("_"))
-    return bool(words & ABOUT_EXPERTS and words & ABOUT_SIZES) and not words & ABOUT_OTHERS
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", key)}  # of snake_case, and of camelCase
+    return bool(words & ABOUT_EXPERTS and words & (ABOUT_COUNTS | ABOUT_WIDTHS)) and not words & ABOUT_OTHERS
 
 
 def _find(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, int]:
