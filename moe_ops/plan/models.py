@@ -38,8 +38,8 @@ COUNTS = {
 }
 """Likewise; but of these all mean the same."""
 
-# A key with a word of the first and of the second or third, and none of the last, says something of the sizes or number of routed
-# experts.
+# A key with a word about experts, one about counts or widths, and none about others says something of the sizes or the number
+# of routed experts.
 ABOUT_EXPERTS = {"expert", "experts", "moe", "routed"}
 ABOUT_COUNTS = {"num", "n", "count", "per", "top", "topk"}
 ABOUT_WIDTHS = {"size", "sizes", "dim", "dims", "width", "hidden", "intermediate", "inner", "latent", "ffn"}
